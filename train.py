@@ -1,0 +1,428 @@
+"""train.py: train the detector, on one CPU or on many GPUs, and lose nothing.  (FCOS, arXiv:1904.01355, Sec. 4)
+
+    python train.py                                                         demo on generated data, run in runs/demo
+    python train.py demo --data DIR                                         demo on a COCO-format data set
+    torchrun --standalone --nproc-per-node 8 train.py fcos_R_50_FPN_1x_center_giou --data /data/coco
+    python train.py --resume --run runs/demo                                go on after an interruption
+    python train.py --help                                                  every option, with unit and default
+
+One global batch (16 images) makes a step, however it is split over processes and accumulation steps:
+
+ 1. the sampler decides what step s sees, from the seed and s alone (data.py);
+ 2. targets are assigned, and the denominators of the losses added up over all parts of the batch and all processes;
+ 3. each part goes forward and backward with its share of the loss; gradients add up; SGD steps.
+
+So 1, 2 or 8 processes compute the same losses and the same weights, up to the order of floating-point additions.
+The state after step s is the checkpoint after step s: a run that is killed and resumed ends with the same weights.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import typing
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import evaluate
+from assign import assign_targets, make_locations
+from data import DataError
+from loss import BOX_LOSSES, Totals, fcos_loss, totals
+from model import FCOS, ConfigError, ModelConfig, option
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a detector is trained. Defaults: FCOS 1x as first published."""
+    model: ModelConfig = ModelConfig()
+    backbone_weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a state dict file")
+    # what is learned
+    center_radius: float | None = option(None, "center sampling radius in strides; none: the whole box is positive")
+    box_loss: str = option("iou", "loss of a box", BOX_LOSSES)
+    # how long, how fast
+    batch_size: int = option(16, "images of one step, over all processes")
+    steps: int = option(90_000, "optimizer steps")
+    epochs: float = option(0.0, "passes over the data; if > 0, sets steps")
+    lr: float = option(0.01, "learning rate of weights; biases learn at twice this rate")
+    momentum: float = option(0.9, "of SGD")
+    weight_decay: float = option(1e-4, "of weights; biases have none")
+    warmup_steps: int = option(500, "steps at a third of the learning rate")
+    schedule: str = option("step", "step: x 0.1 at 2/3 and at 8/9 of the steps; cosine: to 0", ("step", "cosine"))
+    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no limit")
+    # what is seen
+    train_short_sides: tuple[int, int] = option((800, 800), "pixels; range from which each image's short side is drawn")
+    flip: float = option(0.5, "probability of a horizontal flip")
+    seed: int = option(0, "of the initial weights and of all that the sampler draws")
+    # where and in what portions; nothing here changes the result
+    images_per_gpu: int = option(0, "most images at once on a device; 0: no limit. More are accumulated")
+    accumulate: int = option(0, "portions of a process's share of the batch; 0: as few as --images-per-gpu allows")
+    precision: str = option("auto", "of the network; auto: bf16 where the hardware has it. Losses are always fp32", ("auto", "bf16", "fp32"))
+    compile: str = option("auto", "torch.compile the network; auto: on a GPU", ("auto", "on", "off"))
+    canvas_multiple: int = option(32, "pixels; the sides of a batch are padded to it. 128 means few shapes to compile")
+    num_workers: int = option(2, "data loading processes per training process; 0: none")
+    log_every: int = option(20, "steps between two progress lines and entries of metrics.jsonl")
+    checkpoint_every: int = option(1000, "steps between two checkpoints")
+    checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is due in any case")
+
+
+fcos_R_50_FPN_1x = TrainConfig()
+center = dict(center_radius=1.5)
+improved = dict(centerness_on_box_tower=True, box_unit="stride", sqrt_score=True)
+fcos_R_50_FPN_1x_center = replace(fcos_R_50_FPN_1x, **center)
+fcos_R_101_FPN_2x = replace(fcos_R_50_FPN_1x, model=ModelConfig(backbone="resnet101"), steps=180_000, train_short_sides=(640, 800))
+fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou", model=ModelConfig(**improved))
+PRESETS = {
+    # Small enough for two CPU cores: trains from random weights, hence GroupNorm and nothing frozen.
+    "demo": TrainConfig(
+        model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
+                          short_side=240, long_side=320, enlarge=False),
+        backbone_weights="none", center_radius=1.5, box_loss="giou", epochs=16, lr=0.02, warmup_steps=50, schedule="cosine",
+        grad_clip=10.0, train_short_sides=(240, 240), num_workers=1, log_every=20),
+    "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
+    "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
+    "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),
+    "fcos_R_50_FPN_1x_center_giou": replace(fcos_R_50_FPN_1x_center, box_loss="giou"),
+    "fcos_R_101_FPN_2x": fcos_R_101_FPN_2x,
+    "fcos_R_101_FPN_2x_center_giou": replace(fcos_R_101_FPN_2x, **center, box_loss="giou"),
+    "fcos_imprv_R_50_FPN_1x": fcos_imprv_R_50_FPN_1x,
+    "fcos_imprv_R_101_FPN_2x": replace(fcos_imprv_R_50_FPN_1x, model=ModelConfig(backbone="resnet101", **improved),
+                                       steps=180_000, train_short_sides=(640, 800)),
+}
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step; a pure function."""
+    if step < config.warmup_steps:
+        return config.lr / 3
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return config.lr * 0.1 ** sum(step >= round(config.steps * part) for part in (2 / 3, 8 / 9))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(run: Path, checkpoint: dict, keep=2):
+    """Write a checkpoint so that a kill at any moment leaves a whole one: to another name, to the disk, then renamed."""
+    path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
+    unfinished = path.with_suffix(".part")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({error}); free some space and go on from the checkpoint before it "
+                        f"with --resume --run {run}") from None
+    for old in evaluate.checkpoints_of(run)[keep:]:
+        old.unlink()
+
+
+def config_from(checkpoint: dict) -> TrainConfig:
+    config = checkpoint["config"]
+    return TrainConfig(**config | {"model": ModelConfig(**config["model"])})
+
+
+def init_from(model, path, categories: dict):
+    """Take the weights of another checkpoint; those of other classes' outputs, or of another shape, start fresh."""
+    checkpoint = evaluate.load_checkpoint(path)
+    theirs, ours = checkpoint["model"], model.state_dict()
+    taken = {key: value for key, value in theirs.items() if key in ours and value.shape == ours[key].shape}
+    if checkpoint["categories"]["names"] != categories["names"]:
+        taken = {key: value for key, value in taken.items() if not key.startswith("head.cls_logits")}
+    fresh = sorted(ours.keys() - taken.keys())
+    if not taken:
+        raise DataError(f"{path}: no weight fits this model")
+    model.load_state_dict(taken, strict=False)
+    say(f"{path}: took {len(taken)} of {len(ours)} tensors; fresh: {', '.join(fresh) or 'none'}")
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+def say(text):
+    """Print, in one process of many."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+class Progress:
+    """The line that tells how training goes, and RUN/metrics.jsonl."""
+
+    def __init__(self, run: Path, config: TrainConfig, first_step: int):
+        self.path, self.config = run / "metrics.jsonl", config
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= first_step]  # what a killed run did in vain
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.start = self.last = time.time()
+        self.first_step = self.last_step = first_step
+        self.data_wait = 0.0
+
+    def report(self, step: int, losses: dict[str, float], lr: float, device):
+        now = time.time()
+        steps, seconds = step - self.last_step, now - self.last
+        images_per_second = steps * self.config.batch_size / seconds
+        left = (now - self.start) / (step - self.first_step) * (self.config.steps - step)
+        memory = f" | {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB" if device.type == "cuda" else ""
+        terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        text = (f"step {step}/{self.config.steps} | loss {sum(losses.values()):.4f} {terms} | lr {lr:.5f} | "
+                f"{images_per_second:.1f} images/s, waiting for data {self.data_wait / seconds:.0%}{memory} | "
+                f"{left // 60:.0f} min {left % 60:02.0f} s left")
+        print(f"\r{text}\x1b[K" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and step < self.config.steps else "\n",
+              flush=True)
+        self.record(step=step, **losses, lr=lr, images_per_second=round(images_per_second, 2))
+        self.last, self.last_step, self.data_wait = now, step, 0.0
+
+    def record(self, **entry):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+def add_up(state, bucket):
+    """What DDP does with gradients: each process has its share of the global loss, so they are added, not averaged."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+def train(config: TrainConfig, args, device: torch.device, resume=False) -> tuple[FCOS, dict]:
+    """Train from step 0, or from the newest checkpoint of the run, to the end. Returns the model and its last checkpoint."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    run = Path(args.run)
+    bf16 = config.precision == "bf16" or config.precision == "auto" and evaluate.bf16_is_fast(device)
+
+    # data
+    dataset = data.open_split(args.data, run, "train", args.train_split)
+    images = dataset.with_boxes()
+    annotations = dataset.annotations
+    categories = {"ids": annotations.category_ids, "names": annotations.category_names}
+    if len(images) == 0:
+        raise DataError(f"{annotations.path}: no image has a box that can be learned")
+    say(f"{annotations.path}: {len(images)} images with {len(dataset.boxes.labels)} boxes of {len(categories['ids'])} classes to learn; "
+        f"not used: {len(dataset) - len(images)} images without boxes" +
+        "".join(f", {count} {reason}" for reason, count in dataset.dropped.items()))
+    config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
+    if config.epochs > 0:
+        config = replace(config, steps=max(1, round(config.epochs * len(images) / config.batch_size)), epochs=0.0)
+    share, rest = divmod(config.batch_size, world)
+    accumulate = config.accumulate or (math.ceil(share / config.images_per_gpu) if config.images_per_gpu else 1)
+    if rest or share % accumulate:
+        raise DataError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} processes x {accumulate} "
+                        "accumulation steps; change --batch-size, --accumulate or --images-per-gpu")
+    sampler = data.TrainSampler(annotations.sizes, images, config.batch_size, config.seed, config.train_short_sides,
+                                config.model.long_side, config.model.enlarge, config.flip, config.canvas_multiple)
+
+    # model and optimizer
+    torch.manual_seed(config.seed)
+    model = FCOS(config.model, config.backbone_weights if not resume else "none")
+    if args.init_from:
+        init_from(model, args.init_from, categories)
+    model.to(device, memory_format=torch.channels_last)
+    biases = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
+    weights = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("bias")]
+    optimizer = torch.optim.SGD([{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
+                                 {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}],
+                                lr=config.lr, momentum=config.momentum, fused=True)
+    first_step = 0
+    if resume:
+        checkpoint = evaluate.load_checkpoint(run)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random_state"])
+        first_step = checkpoint["step"]
+        say(f"{run}: going on from step {first_step}")
+    network = model
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        network = torch.compile(network, dynamic=False)
+    if world > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+        network.register_comm_hook(None, add_up)
+
+    def checkpoint_of(step):
+        return {"format": evaluate.CHECKPOINT_FORMAT, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "random_state": torch.get_rng_state(), "config": dataclasses.asdict(config), "categories": categories,
+                "data": args.data, "val_split": args.val_split}
+
+    # the loop
+    stop_signal = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop_signal.append(number))
+    loader = data.make_loader(dataset, data.Shard(sampler, range(first_step, config.steps), accumulate, rank, world),
+                              config.num_workers, pin_memory=device.type == "cuda")
+    batches = iter(loader)
+    progress = Progress(run, config, first_step) if rank == 0 else None
+    unread = []               # losses on the device, not looked at yet: reading them waits for it
+    recent = []               # losses since the last report
+    saved_at = time.time()
+    for step in range(first_step, config.steps):
+        waiting = time.time()
+        parts = [next(batches).to(device) for _ in range(accumulate)]
+        if progress:
+            progress.data_wait += time.time() - waiting
+
+        # what every location should predict, and the denominators over the global batch
+        locations = make_locations(*parts[0].images.shape[2:], offset=config.model.location_offset, device=device)
+        targets = [assign_targets(locations, part.boxes, part.labels, config.center_radius) for part in parts]
+        over = torch.stack([torch.stack(totals(t)) for t in targets]).sum(0)                    # (3,)
+        if world > 1:
+            dist.all_reduce(over)
+
+        lr = lr_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        optimizer.zero_grad()
+        losses_of_step = torch.zeros(3, device=device)
+        for i, (part, target) in enumerate(zip(parts, targets)):
+            last_part = i + 1 == accumulate
+            with nullcontext() if world == 1 or last_part else network.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    outputs = network(part.images, part.sizes)
+                losses = fcos_loss(outputs, target, config.box_loss, Totals(*over),
+                                   stride=locations.stride if config.model.box_unit == "stride" else None)
+                sum(losses.values()).backward()
+            losses_of_step += torch.stack([*losses.values()]).detach()
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        unread.append(losses_of_step)
+
+        # now and then: look at the losses, tell, save, stop
+        done = step + 1
+        if device.type == "cuda" and done % config.log_every and done % config.checkpoint_every and done < config.steps:
+            continue
+        read = torch.cat([torch.stack(unread).flatten(), torch.tensor([float(bool(stop_signal))], device=device)])
+        if world > 1:
+            dist.all_reduce(read)
+        *read, stop = read.tolist()
+        for earlier, values in enumerate(zip(*[iter(read)] * 3), start=done - len(unread)):
+            if not all(map(math.isfinite, values)):
+                stop_at_non_finite(run, rank, earlier, dict(zip(losses, values)), lr_at(earlier, config), annotations.image_ids[
+                    [request.index for request in sampler.global_batch(earlier)]].tolist())
+            recent.append(values)
+        unread.clear()
+        if rank == 0:
+            if done % config.log_every == 0 or done == config.steps:
+                progress.report(done, {name: sum(v) / len(v) for name, v in zip(losses, zip(*recent))}, lr, device)
+                recent.clear()
+            due = done % config.checkpoint_every == 0 or time.time() - saved_at > 60 * config.checkpoint_minutes
+            if due or stop or done == config.steps:
+                save_checkpoint(run, checkpoint_of(done))
+                saved_at = time.time()
+        if stop and done < config.steps:
+            say(f"\nstopped by a signal after step {done}; go on with: make resume RUN={run}")
+            sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
+    return model, checkpoint_of(config.steps)
+
+
+def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
+    """End all processes at the first loss that is not finite; the checkpoint before it stays."""
+    if rank == 0:
+        (run / "non_finite.json").write_text(json.dumps({"step": step, "lr": lr, "losses": {k: str(v) for k, v in losses.items()},
+                                                         "image_ids": image_ids}))
+    raise DataError(f"the loss is not finite at step {step} (lr {lr:g}, {', '.join(f'{k} {v}' for k, v in losses.items())}; images "
+                    f"{image_ids}, also in {run / 'non_finite.json'}); lower --lr, or look at these images' boxes, and go on with --resume")
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+def parse_arguments(argv):
+    """The preset named first (or demo), with every field of its two configurations as an option."""
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else "demo"
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise ConfigError(f"preset {name!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"))
+    config = PRESETS[name]
+    parser = argparse.ArgumentParser(prog=f"train.py {name}", description=f"Presets: {', '.join(PRESETS)}.")
+    parser.add_argument("--data", help="COCO-format folder, or shapes: generated in RUN/data (default: shapes for demo)")
+    parser.add_argument("--train-split", help="default: train2017, else the only train* split")
+    parser.add_argument("--val-split", help="default: val2017, else the only val* split")
+    parser.add_argument("--run", help=f"folder of the run (default: runs/{name})", default=f"runs/{name}")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN, with its configuration")
+    parser.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
+    parser.add_argument("--skip-eval", action="store_true", help="do not evaluate after training")
+    for group, owner in (("training", config), ("model", config.model)):
+        group = parser.add_argument_group(group)
+        for f in dataclasses.fields(owner):
+            if f.name not in ("model", "num_classes"):
+                default = getattr(owner, f.name)
+                group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind_of_option(f),
+                                   help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
+    args = parser.parse_args(argv)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(args).items()}
+    def of(owner):
+        return {f.name: given[f.name] for f in dataclasses.fields(owner) if f.name in given}
+    args.changed = of(config) | of(config.model)
+    args.config = replace(config, **of(config), model=replace(config.model, **of(config.model)))
+    args.data = os.path.abspath(args.data) if args.data not in (None, "shapes") else "shapes" if name == "demo" else None
+    return args
+
+
+def kind_of_option(f) -> dict:
+    """How argparse reads the field of a configuration."""
+    if f.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if f.type == float | None:
+        return {"type": lambda text: None if text == "none" else float(text), "metavar": "X"}
+    if f.metadata["choices"]:
+        return {"choices": f.metadata["choices"]}
+    of_each = typing.get_args(f.type)  # of a tuple
+    return {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
+
+
+def main():
+    args = parse_arguments(sys.argv[1:])
+    distributed = "RANK" in os.environ
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if distributed:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    run, config = Path(args.run), args.config
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and evaluate.checkpoints_of(run)
+    resume = args.resume or bool(restarted)
+    if resume:
+        checkpoint = evaluate.load_checkpoint(run)
+        config, args.data, args.val_split = config_from(checkpoint), checkpoint["data"], checkpoint["val_split"]
+        if checkpoint["step"] >= config.steps:
+            say(f"{run}: finished at step {checkpoint['step']}; nothing left to train. Evaluate it with: make eval RUN={run}")
+            return
+    elif evaluate.checkpoints_of(run):
+        raise ConfigError(f"{run} holds a run already; go on with it (make resume RUN={run}), choose another folder (RUN=...), "
+                          "or delete it")
+    if args.data is None:
+        raise ConfigError("no data set; name a COCO-format folder with DATA=... (--data)")
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        data.open_split(args.data, run, "val", args.val_split)  # generates shapes, and fails now if evaluation would
+    if distributed:
+        dist.barrier()
+    model, checkpoint = train(config, args, device, resume)
+    if not args.skip_eval:
+        validation = data.open_split(args.data, run, "val", args.val_split)
+        evaluate.evaluate(model, validation, checkpoint["categories"], run, device, precision=config.precision)
+    if distributed:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ConfigError) as error:
+        sys.exit(f"error: {error}")
