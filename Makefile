@@ -48,10 +48,10 @@ help:
 	@echo "PYTHON=  an interpreter that has the packages, instead of $(VENV)"
 
 train: $(READY)
-	$(LAUNCH) train.py $(MODEL) $(if $(DATA),--data $(DATA)) $(if $(RUN),--run $(RUN)) $(ARGS)
+	$(LAUNCH) train.py $(MODEL) $(if $(DATA),--data $(DATA)) $(if $(RUN),--run-dir $(RUN)) $(ARGS)
 
 resume: $(READY)
-	$(LAUNCH) train.py --resume --run $(or $(RUN),$(LAST)) $(ARGS)
+	$(LAUNCH) train.py --resume --run-dir $(or $(RUN),$(LAST)) $(ARGS)
 
 eval: $(READY)
 	$(LAUNCH) evaluate.py $(CHOSEN) $(if $(DATA),--data $(DATA)) $(ARGS)

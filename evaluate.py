@@ -3,6 +3,7 @@
     python evaluate.py RUN                            COCO figures on the validation split that RUN trained with
     python evaluate.py CHECKPOINT.pt --data DIR       the same, of one file, on other data with the same categories
     python evaluate.py RUN --images a.jpg folder/     detections on pictures of one's own
+    python evaluate.py torchvision --data DIR         torchvision's published FCOS, through this code
     torchrun --nproc-per-node 8 evaluate.py RUN       shared out over GPUs: every image once, the same figures
 
 A checkpoint carries its configuration and categories, so that nothing else is needed. Average precision is
@@ -34,7 +35,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 import data
 from assign import make_locations
 from data import Annotations, CocoDataset, DataError
-from model import FCOS, ConfigError, ModelConfig, detect, inference_copy
+from model import CHECKPOINT_FORMAT, FCOS, ConfigError, ModelConfig, detect, inference_copy, published_checkpoint
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -51,16 +52,15 @@ class Results(NamedTuple):
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 1
-
-
 def checkpoints_of(run) -> list[Path]:
     """The checkpoints of a run folder, newest first."""
     return sorted(Path(run).glob("checkpoint-*.pt"), reverse=True)
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint from a file, or the newest undamaged one of a run folder."""
+    """A checkpoint: from a file, the newest undamaged one of a run folder, or "torchvision", its published detector."""
+    if str(path) == "torchvision":
+        return published_checkpoint()
     candidates = checkpoints_of(path) if Path(path).is_dir() else [Path(path)]
     if not candidates:
         raise DataError(f"{path}: no checkpoint-*.pt here; train first, or name another run or file")
@@ -83,6 +83,15 @@ def build_detector(checkpoint: dict) -> FCOS:
     model = FCOS(ModelConfig(**checkpoint["config"]["model"]))
     model.load_state_dict(checkpoint["model"])
     return model
+
+
+def join_process_group(device: torch.device):
+    """Find the other processes that torchrun started, if it did."""
+    if "RANK" in os.environ:
+        # Under a key of its own: else a restarted process finds the addresses that its dead predecessors left.
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
 
 
 # --- detection over a data set ----------------------------------------------------------------------------------------
@@ -187,6 +196,31 @@ def coco_results(results: Results, category_ids) -> list[dict]:
                                             results.scores.tolist())]
 
 
+def explain(metrics: dict, annotations: Annotations, results: Results) -> list[str]:
+    """Why a figure is -1 or 0: a sentence for each such figure."""
+    a = annotations
+    boxes = int((~a.crowd).sum())
+    if boxes == 0:
+        return [f"every figure is -1: {a.path} has no boxes (crowds aside) to find"]
+    if len(results.scores) == 0:
+        return [f"every figure is 0: not one detection scored above the threshold, against {boxes} true boxes; the detector has "
+                "learned too little (train longer), or --score-threshold is too high"]
+    sentences = []
+    for size, bounds in (("small", "under 32 x 32"), ("medium", "of 32 x 32 to 96 x 96"), ("large", "over 96 x 96")):
+        value = metrics["figures"][f"AP {size}"]
+        if value == -1:
+            sentences.append(f"AP {size} is -1: no true box is {bounds} pixels")
+        elif value == 0:
+            sentences.append(f"AP {size} is 0: no true box {bounds} pixels was found with its class and an IoU of 0.5")
+    by_reason = {
+        "-1 for classes without a true box": [c for c in metrics["classes"] if c["AP"] == -1],
+        "0 for classes never detected": [c for c in metrics["classes"] if c["AP"] == 0 and not c["detections"]],
+        "0 for classes whose detections all miss (IoU under 0.5, or another class's objects)":
+            [c for c in metrics["classes"] if c["AP"] == 0 and c["detections"]],
+    }
+    return sentences + [f"AP is {reason}: {', '.join(c['name'] for c in classes)}" for reason, classes in by_reason.items() if classes]
+
+
 def print_metrics(metrics):
     for name, value in metrics["figures"].items():
         print(f"  {name:<10} {value:6.3f}")
@@ -250,6 +284,8 @@ def evaluate(model: FCOS, dataset: CocoDataset, categories: dict, out, device, *
         return None
     metrics = coco_metrics(annotations, results)
     print_metrics(metrics)
+    for sentence in explain(metrics, annotations, results):
+        print(sentence, flush=True)
     out = Path(out)
     (out / "eval").mkdir(parents=True, exist_ok=True)
     (out / "eval" / "results.json").write_text(json.dumps(coco_results(results, categories["ids"])))
@@ -304,7 +340,7 @@ def image_files(paths) -> list[Path]:
 
 def main():
     parser = argparse.ArgumentParser(description="COCO figures of a trained detector, or detections on images.")
-    parser.add_argument("weights", help="folder of a run (its newest checkpoint), or a checkpoint file")
+    parser.add_argument("weights", help="folder of a run (its newest checkpoint), a checkpoint file, or torchvision")
     parser.add_argument("--data", help="COCO-format folder (default: the one that it was trained with)")
     parser.add_argument("--val-split", help="default: val2017, else the only val* split")
     parser.add_argument("--images", nargs="+", help="image files or folders: draw detections instead of evaluating")
@@ -315,15 +351,19 @@ def main():
                         help="of the network; auto: bf16 where the hardware has it (default: auto)")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_process_group(device)
     checkpoint = load_checkpoint(args.weights)
     model, categories = build_detector(checkpoint), checkpoint["categories"]
-    run = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
+    run = Path(args.weights)
+    if not run.is_dir():
+        run = Path("runs/torchvision") if args.weights == "torchvision" else run.parent
     if args.images:
         predict(model, image_files(args.images), categories["names"], args.out or run / "predictions", device, args.precision)
     else:
-        dataset = data.open_split(args.data or checkpoint["data"], run, "val", args.val_split or checkpoint["val_split"])
+        trained = checkpoint["config"]
+        if not (args.data or trained["data"]):
+            raise ConfigError(f"{args.weights} does not say which data to judge it on; name a COCO-format folder with DATA=... (--data)")
+        dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained["val_split"])
         evaluate(model, dataset, categories, args.out or run, device, batch_size=args.batch_size,
                  num_workers=args.num_workers, precision=args.precision)
     if dist.is_initialized():

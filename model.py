@@ -13,20 +13,28 @@
 The ResNet and the pyramid are torchvision's. A frozen BatchNorm is folded into the convolution before it, exactly
 and also in training, which saves reading and writing every activation once more.
 
+    python model.py --backbone resnet101 --size 800 1216                    levels, parameters, FLOPs, training memory
+    python model.py --convert FILE --form fcos_plus --out model.pt          weights of another codebase
+
 Letters: N images, L locations over all levels (ordered as in assign.py), C classes, K candidates.
 """
 
-import os
-GS=int(os.environ.get("GS","16")); HS=int(os.environ.get("HS","8"))
+import argparse
 import copy
+import json
 import math
-from dataclasses import dataclass, field
+import re
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 import csrc
@@ -58,6 +66,7 @@ class ModelConfig:
     centerness_on_box_tower: bool = option(False, "centerness from the box tower (improved), not the classification tower")
     box_unit: str = option("pixel", "pixel: ltrb = exp(s * x); stride (improved): relu(s * x) * stride", ("pixel", "stride"))
     location_offset: float = option(0.5, "place of a location in its cell, in strides (torchvision: 0)")
+    location_spacing: str = option("stride", "of detections; even: as torchvision's, see `evenly_spaced`", ("stride", "even"))
     pixel_mean: tuple[float, float, float] = option((123.675, 116.28, 103.53), "RGB, 0..255")
     pixel_std: tuple[float, float, float] = option((58.395, 57.12, 57.375), "RGB, 0..255")
     short_side: int = option(800, "pixels, of a test image after resizing")
@@ -97,9 +106,9 @@ class FrozenNormConv2d(nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
                          conv.dilation, conv.groups, bias=False)
         self.weight = conv.weight
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        self.register_buffer("scale", scale)                                         # (out_channels,)
-        self.register_buffer("shift", norm.bias - norm.running_mean * scale)         # (out_channels,)
+        scale, shift = scale_and_shift(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        self.register_buffer("scale", scale)  # (out_channels,)
+        self.register_buffer("shift", shift)  # (out_channels,)
 
     def folded_weight(self) -> Tensor:
         return self.weight * self.scale.view(-1, 1, 1, 1)
@@ -107,6 +116,12 @@ class FrozenNormConv2d(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.folded_weight(), self.shift.to(x.dtype), self.stride, self.padding, self.dilation,
                         self.groups)
+
+
+def scale_and_shift(weight, bias, mean, var, eps):
+    """A frozen BatchNorm, weight * (x - mean) / sqrt(var + eps) + bias, as scale * x + shift; all (channels,)."""
+    scale = weight * (var + eps).rsqrt()
+    return scale, bias - mean * scale
 
 
 class Backbone(nn.Module):
@@ -117,14 +132,16 @@ class Backbone(nn.Module):
         if config.backbone not in BACKBONES:
             raise ConfigError(f"backbone {config.backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
         frozen_norm = config.backbone_norm == "frozen_batch"
-        norm_layer = torchvision.ops.FrozenBatchNorm2d if frozen_norm else lambda channels: nn.GroupNorm(channels // GS, channels)
+        # Groups of 16 channels (arXiv:1803.08494, Sec. 4.1): on a CPU, smaller ones make the backward pass several times slower.
+        norm_layer = torchvision.ops.FrozenBatchNorm2d if frozen_norm else lambda channels: nn.GroupNorm(channels // 16, channels)
         resnet = torchvision.models.get_model(config.backbone, norm_layer=norm_layer)
         self.out_channels = [resnet.fc.in_features // 4, resnet.fc.in_features // 2, resnet.fc.in_features]
         load_backbone_weights(resnet, config.backbone, weights)
         del resnet.fc, resnet.avgpool
         if config.stride_in_1x1:
             for block in (resnet.layer2[0], resnet.layer3[0], resnet.layer4[0]):
-                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+                if hasattr(block, "conv3"):  # a bottleneck; the blocks of ResNet-18 and 34 have no 1x1 convolution
+                    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
         if frozen_norm:
             fold_frozen_norms(resnet)
         self.resnet = resnet
@@ -156,17 +173,16 @@ def load_backbone_weights(resnet, name: str, weights: str):
     if weights == "none":
         return
     if weights == "imagenet":
-        entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1 \
-            if "IMAGENET1K_V1" in torchvision.models.get_model_weights(name).__members__ \
-            else torchvision.models.get_model_weights(name).DEFAULT
+        published = torchvision.models.get_model_weights(name)
+        entry = getattr(published, "IMAGENET1K_V1", published.DEFAULT)
         try:
-            state = entry.get_state_dict(progress=False, check_hash=True)
+            state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except OSError as error:  # URLError among them
             raise ConfigError(f"the ImageNet weights of {name} could not be downloaded from {entry.url} ({error}); copy "
                              "that file here and give --backbone-weights FILE, or train from random ones with "
                              "--backbone-weights none") from None
     else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = load_weights(weights)
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     missing, unexpected = resnet.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.startswith("fc.")]
@@ -188,7 +204,7 @@ class Head(nn.Module):
         def tower():
             layers = []
             for _ in range(config.tower_depth):
-                layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(channels // HS, channels), nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(channels // 8, channels), nn.ReLU(inplace=True)]
             return nn.Sequential(*layers)
 
         self.cls_tower, self.box_tower = tower(), tower()
@@ -233,9 +249,9 @@ class FCOS(nn.Module):
         c3, c4, c5 = self.backbone(x)
         pyramid = self.fpn({"p3": c3, "p4": c4, "p5": c5}).values()        # 5 x (N, channels, H/s, W/s)
         logits, ltrb, centerness = [], [], []
-        for level, stride in enumerate(STRIDES):
-            level_logits, level_box, level_centerness = self.head(list(pyramid)[level])
-            level_box = level_box.float() * self.scales[level].float()
+        for p, stride, scale in zip(pyramid, STRIDES, self.scales):
+            level_logits, level_box, level_centerness = self.head(p)
+            level_box = level_box.float() * scale.float()
             in_pixels = level_box.exp() if self.config.box_unit == "pixel" else level_box.relu() * stride
             logits.append(_by_location(level_logits))
             ltrb.append(_by_location(in_pixels))
@@ -267,25 +283,26 @@ def postprocess(outputs: Outputs, locations: Locations, image_sizes: Tensor, con
         beyond that number is filling.
     """
     N, L, C = outputs.logits.shape
+    most = config.candidates_per_level
     scores, labels, chosen = [], [], []
     first = 0
     for level in locations.levels:
         last = first + level.height * level.width
-        score = outputs.logits[:, first:last].float().sigmoid()                     # (N, H*W, C)
-        final = score * outputs.centerness[:, first:last, None].sigmoid()
-        if config.sqrt_score:
-            final = final.sqrt()
-        judged = score if config.threshold_on == "class" else final
-        final = torch.where(judged > config.score_threshold, final, 0.0).flatten(1)  # (N, H*W*C)
-        final, index = final.topk(min(config.candidates_per_level, final.shape[1]))  # (N, K)
-        scores.append(final)
+        logits, centerness = outputs.logits[:, first:last], outputs.centerness[:, first:last, None]
+        # The `most` best of H*W*C scores are found at the `most` locations whose best class is best: look only there.
+        best = final_scores(logits.amax(-1, keepdim=True), centerness, config).squeeze(-1)   # (N, H*W)
+        cell = best.topk(min(most, last - first)).indices[..., None]                         # (N, M, 1)
+        logits, centerness = logits.gather(1, cell.expand(-1, -1, C)), centerness.gather(1, cell)
+        score = final_scores(logits, centerness, config).flatten(1)                          # (N, M*C)
+        score, index = score.topk(min(most, score.shape[1]))                                 # (N, K)
+        scores.append(score)
         labels.append(index % C)
-        chosen.append(first + index // C)
+        chosen.append(first + cell.squeeze(-1).gather(1, index // C))
         first = last
     scores, labels, chosen = torch.cat(scores, 1), torch.cat(labels, 1), torch.cat(chosen, 1)  # (N, K)
 
     ltrb = outputs.ltrb.gather(1, chosen[..., None].expand(-1, -1, 4))              # (N, K, 4)
-    xy = locations.xy[chosen]                                                       # (N, K, 2)
+    xy = (locations.xy if config.location_spacing == "stride" else evenly_spaced(locations))[chosen]  # (N, K, 2)
     boxes = torch.cat([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=-1)
     limit = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)               # (N, 1, 4): w, h, w, h
     boxes = torch.minimum(boxes.clamp(min=0), limit)
@@ -295,6 +312,29 @@ def postprocess(outputs: Outputs, locations: Locations, image_sizes: Tensor, con
     keep = csrc.nms_mask(boxes.flatten(0, 1), scores.flatten(), group.flatten(), config.nms_iou).view(scores.shape)
     best, index = torch.where(keep, scores, 0.0).topk(min(config.max_detections, scores.shape[1]))  # (N, D)
     return boxes.gather(1, index[..., None].expand(-1, -1, 4)), best, labels.gather(1, index), (best > 0).sum(1)
+
+
+def final_scores(logits, centerness, config: ModelConfig):
+    """Scores that rank candidates, 0 below the threshold. logits (N, M, C), centerness (N, M, 1) -> (N, M, C)."""
+    score = logits.float().sigmoid()
+    final = score * centerness.sigmoid()
+    if config.sqrt_score:
+        final = final.sqrt()
+    judged = score if config.threshold_on == "class" else final
+    return torch.where(judged > config.score_threshold, final, 0.0)
+
+
+def evenly_spaced(locations: Locations) -> Tensor:
+    """Where torchvision's detector puts locations: (L, 2).
+
+    Its rows are H // (number of rows) pixels apart. That is less than a stride where the stride does not divide the
+    padded height: P7 has 7 rows in 800 pixels, 114 apart instead of 128. Columns likewise.
+    """
+    stride, rows, columns = locations.levels[0]
+    of_levels = locations.xy.split([level.height * level.width for level in locations.levels])
+    return torch.cat([torch.stack([xy[:, 0] / level.stride * (stride * columns // level.width),
+                                   xy[:, 1] / level.stride * (stride * rows // level.height)], dim=1)
+                      for xy, level in zip(of_levels, locations.levels)])
 
 
 def detect(outputs: Outputs, locations: Locations, image_sizes, config: ModelConfig) -> list[Detections]:
@@ -318,3 +358,188 @@ def inference_copy(model: FCOS, dtype=None) -> FCOS:
     for part in (model.backbone, model.fpn, model.head):
         part.to(dtype=dtype)
     return model.to(memory_format=torch.channels_last)
+
+
+# --- weights from elsewhere -------------------------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = 1
+COCO = {i: name for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+        if name not in ("__background__", "N/A")}  # category id -> name; 80 of 1 .. 90
+IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True)
+CAFFE = dict(stride_in_1x1=True, pixel_mean=(122.7717, 115.9465, 102.9801), pixel_std=(1.0, 1.0, 1.0))
+FORMS = {  # what the weights of a codebase mean, beyond their names and shapes
+    "torchvision": dict(IMPROVED, location_offset=0.0, location_spacing="even", score_threshold=0.2, threshold_on="final"),
+    "fcos_plus": CAFFE,              # FCOS_PLUS, and FCOS as first published (maskrcnn-benchmark)
+    "fcos_imprv": CAFFE | IMPROVED,  # FCOS with NORM_REG_TARGETS and CENTERNESS_ON_REG
+}
+RENAMES = (  # applied in this order
+    (r"^module\.", ""),                                                                      # DDP
+    (r"^backbone\.body\.(stem\.)?", "backbone.resnet."),
+    (r"^backbone\.fpn\.(fpn_)?", "fpn."),
+    (r"^fpn\.top_blocks\.", "fpn.extra_blocks."),
+    (r"^fpn\.(inner|layer)([234])\.", lambda m: f"fpn.{m[1]}_blocks.{int(m[2]) - 2}.0."),    # maskrcnn-benchmark
+    (r"^fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)$", r"fpn.\1_blocks.\2.0.\3"),       # torchvision before 0.14
+    (r"^rpn\.head\.", "head."),
+    (r"^head\.scales\.(\d)\.scale$", r"scales.\1"),
+    (r"^head\.(bbox_tower|regression_head\.conv)\.", "head.box_tower."),
+    (r"^head\.(bbox_pred|regression_head\.bbox_reg)\.", "head.box_pred."),
+    (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness."),
+    (r"^head\.classification_head\.conv\.", "head.cls_tower."),
+    (r"^head\.classification_head\.", "head."),
+)
+
+
+def load_weights(path) -> dict[str, Tensor]:
+    """The state dict in a file, alone or under "model". Nothing in the file is executed."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except Exception as error:  # whatever a damaged file makes torch raise
+        if not (held := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            raise ConfigError(f"{path}: damaged, or not a file of PyTorch ({type(error).__name__})") from None
+        raise ConfigError(f"{path}: refused, since it holds a Python object ({held[1]}), and loading one can run any code; if you trust "
+                          'its author, save the weights alone: torch.save(torch.load(FILE, weights_only=False)["model"], NEW)') from None
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f'{path}: holds no state dict (names and tensors), neither alone nor under "model"')
+    return state
+
+
+def convert(weights: dict[str, Tensor], form: str, source="the weights", **changes) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Weights of another codebase in our names, with all their class rows, and the configuration that gives them their meaning.
+
+    The backbone is the one whose names and shapes fit. `changes`: fields that neither the names nor the form tell.
+    """
+    state = {}
+    for key, value in weights.items():
+        for pattern, name in RENAMES:
+            key = re.sub(pattern, name, key)
+        if not key.endswith("num_batches_tracked"):
+            state[key] = value.float()
+    for norm in [key.removesuffix(".running_var") for key in state if key.endswith(".running_var")]:
+        conv = re.sub(r"bn(\d)$", r"conv\1", norm).replace("downsample.1", "downsample.0")
+        statistics = [state.pop(f"{norm}.{name}") for name in ("weight", "bias", "running_mean", "running_var")]
+        state[f"{conv}.scale"], state[f"{conv}.shift"] = scale_and_shift(*statistics, 1e-5 if form == "torchvision" else 0.0)
+    if form == "torchvision":
+        state["scales"] = torch.ones(len(STRIDES))
+    elif scales := [state.pop(key) for key in sorted(state) if key.startswith("scales.")]:
+        state["scales"] = torch.cat([scale.flatten() for scale in scales])
+        if (stem := "backbone.resnet.conv1.weight") in state:
+            state[stem] = state[stem].flip(1)  # BGR -> RGB
+
+    config = ModelConfig(num_classes=max(1, len(state.get("head.cls_logits.bias", ()))), **FORMS[form] | changes)
+    theirs = {(key, tuple(value.shape)) for key, value in state.items()}
+    misfits = []
+    for backbone in BACKBONES:
+        in_1x1 = config.stride_in_1x1 and not backbone.startswith("resnext")  # their ResNeXts halve in the 3x3
+        fitting = replace(config, backbone=backbone, stride_in_1x1=in_1x1)
+        with torch.device("meta"):
+            ours = {(key, tuple(value.shape)) for key, value in FCOS(fitting).state_dict().items()}
+        if ours == theirs:
+            return fitting, state
+        misfits.append((len(ours ^ theirs), backbone, sorted(ours - theirs)[:3], sorted(theirs - ours)[:3]))
+    _, backbone, missing, unexpected = min(misfits)
+    raise ConfigError(f"{source}: not a detector of the form {form} (known: {', '.join(FORMS)}); compared with the nearest, of {backbone}, "
+                      f"it lacks {missing} and has {unexpected}")
+
+
+def import_checkpoint(weights: dict[str, Tensor], form: str, categories_file=None, source="the weights", **changes) -> dict:
+    """A checkpoint of this codebase from the weights of another: its classes are named, in the order of their ids.
+
+    In torchvision's form the row of a class is its category id. Of COCO's 91 rows the 80 that have a name are kept.
+    """
+    config, state = convert(weights, form, source, **changes)
+    C, row_is_id = config.num_classes, form == "torchvision"
+    first = 0 if row_is_id else 1
+    listed = COCO if C == (91 if row_is_id else 80) else {i: f"class {i}" for i in range(first, first + C)}
+    if categories_file:
+        try:
+            listed = {c["id"]: c["name"] for c in json.loads(Path(categories_file).read_text())["categories"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{categories_file}: no COCO categories can be read from it ({error!r})") from None
+    row = {i: i if row_is_id else place for place, i in enumerate(listed)}
+    ids = sorted(row)
+    if not ids or (not 0 <= ids[0] <= ids[-1] < C if row_is_id else len(ids) != C):
+        raise ConfigError(f"{categories_file}: its {len(ids)} categories do not fit the {C} class rows of {source}" +
+                          (", where a class is in the row of its category id" if row_is_id else ""))
+    for part in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        state[part] = state[part][[row[i] for i in ids]]
+    return {"format": CHECKPOINT_FORMAT, "step": 0, "model": state,
+            "config": {"model": asdict(replace(config, num_classes=len(ids))), "data": "", "val_split": None},
+            "categories": {"ids": ids, "names": [listed[i] for i in ids]}}
+
+
+def published_checkpoint() -> dict:
+    """torchvision's detector trained on COCO, downloaded once by torchvision."""
+    entry = FCOS_ResNet50_FPN_Weights.COCO_V1
+    try:
+        weights = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:  # URLError among them
+        raise ConfigError(f"torchvision's detector could not be downloaded from {entry.url} ({error}); copy that file here, and run: "
+                          f"python model.py --convert {Path(entry.url).name} --form torchvision --out model.pt") from None
+    return import_checkpoint(weights, "torchvision", source=entry.url)
+
+
+# --- what a detector costs --------------------------------------------------------------------------------------------
+
+def describe(config: ModelConfig, height: int, width: int) -> str:
+    """Levels, parameters, FLOPs and training memory for one image; on the meta device, where tensors are shapes alone."""
+    with torch.device("meta"):
+        model, images = FCOS(config), torch.empty(1, 3, height, width)
+    saved = {}  # storage -> what autograd keeps for the backward pass
+
+    def keep(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(images)
+    # Of what is kept, weights and their folded copies do not begin with the dimension of the one image.
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values() if tensor.shape[:1] == (1,)) / 2**20
+
+    lines = [f"{config.backbone}, {config.num_classes} classes, one image of {height} x {width}",
+             *(f"{name} {tuple(x.shape)}" for name, x in outputs._asdict().items()), "",
+             "level  stride  cells (h x w)  max(l, t, r, b) of its boxes"]
+    locations = make_locations(height, width)
+    for number, level in enumerate(locations.levels, start=3):
+        lowest, highest = locations.size_range[locations.stride == level.stride][0].clamp(min=0).tolist()
+        lines.append(f"P{number}     {level.stride:6}  {f'{level.height} x {level.width}':<13}  {lowest:.0f} .. {highest:.0f}")
+    lines += ["", "part       parameters   learned   GFLOPs (2 per multiply-add)"]
+    for name, part in {"backbone": model.backbone, "fpn": model.fpn, "head": model.head, "all": model}.items():
+        total, learned = (sum(p.numel() for p in part.parameters() if p.requires_grad >= only) for only in (False, True))
+        flops = sum(counter.get_flop_counts()["FCOS" if part is model else f"FCOS.{name}"].values())
+        lines.append(f"{name:<10} {total / 1e6:8.2f} M {learned / 1e6:7.2f} M {flops / 1e9:8.1f}")
+    lines += ["", f"training in float32, MiB: weights {4 * total / 2**20:.0f}, gradients and momentum {4 * learned / 2**20:.0f} each;",
+              f"for each image {activations:.0f} kept for the backward pass (without losses and workspace)"]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What a detector costs; or, with --convert, another codebase's weights.")
+    parser.add_argument("--backbone", default="resnet50", help="one of " + ", ".join(BACKBONES))
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"), help="pixels (default: 800 1216)")
+    parser.add_argument("--convert", metavar="FILE", help="weights to convert")
+    parser.add_argument("--form", choices=FORMS, help="where they come from; fcos_plus: FCOS as first published, too")
+    parser.add_argument("--out", metavar="FILE", help="checkpoint to write")
+    parser.add_argument("--categories", metavar="JSON", help="COCO annotations that name the classes (default: COCO's, else numbers)")
+    parser.add_argument("--centerness-on-box-tower", action=argparse.BooleanOptionalAction, help="if it is not as the form has it")
+    args = parser.parse_args()
+    if not args.convert:
+        return print(describe(ModelConfig(backbone=args.backbone), *args.size))
+    if not args.form or not args.out:
+        parser.error("--convert needs --form and --out")
+    changes = {} if args.centerness_on_box_tower is None else {"centerness_on_box_tower": args.centerness_on_box_tower}
+    checkpoint = import_checkpoint(load_weights(args.convert), args.form, args.categories, args.convert, **changes)
+    unfinished = Path(f"{args.out}.part")
+    torch.save(checkpoint, unfinished)
+    unfinished.replace(args.out)
+    names = checkpoint["categories"]["names"]
+    print(f"{args.out}: {checkpoint['config']['model']['backbone']}, {len(names)} classes: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,9 +1,9 @@
 """train.py: train the detector, on one CPU or on many GPUs, and lose nothing.  (FCOS, arXiv:1904.01355, Sec. 4)
 
     python train.py                                                         demo on generated data, run in runs/demo
-    python train.py demo --data DIR                                         demo on a COCO-format data set
+    python train.py demo --data DIR                                         demo's detector on a COCO-format data set
     torchrun --standalone --nproc-per-node 8 train.py fcos_R_50_FPN_1x_center_giou --data /data/coco
-    python train.py --resume --run runs/demo                                go on after an interruption
+    python train.py --resume --run-dir runs/demo                                go on after an interruption
     python train.py --help                                                  every option, with unit and default
 
 One global batch (16 images) makes a step, however it is split over processes and accumulation steps:
@@ -40,7 +40,7 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import FCOS, ConfigError, ModelConfig, option
+from model import CHECKPOINT_FORMAT, FCOS, ConfigError, ModelConfig, option
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -49,6 +49,9 @@ from model import FCOS, ConfigError, ModelConfig, option
 class TrainConfig:
     """How a detector is trained. Defaults: FCOS 1x as first published."""
     model: ModelConfig = ModelConfig()
+    data: str = option("", "COCO-format folder, or shapes: generated in RUN/data")
+    train_split: str | None = option(None, "default: train2017, else the only train* split")
+    val_split: str | None = option(None, "default: val2017, else the only val* split")
     backbone_weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a state dict file")
     # what is learned
     center_radius: float | None = option(None, "center sampling radius in strides; none: the whole box is positive")
@@ -57,27 +60,32 @@ class TrainConfig:
     batch_size: int = option(16, "images of one step, over all processes")
     steps: int = option(90_000, "optimizer steps")
     epochs: float = option(0.0, "passes over the data; if > 0, sets steps")
+    optimizer: str = option("sgd", "sgd, with momentum 0.9, or adamw", ("sgd", "adamw"))
     lr: float = option(0.01, "learning rate of weights; biases learn at twice this rate")
-    momentum: float = option(0.9, "of SGD")
     weight_decay: float = option(1e-4, "of weights; biases have none")
     warmup_steps: int = option(500, "steps at a third of the learning rate")
     schedule: str = option("step", "step: x 0.1 at 2/3 and at 8/9 of the steps; cosine: to 0", ("step", "cosine"))
-    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no limit")
+    grad_clip: float = option(0.0, "largest norm of the gradient; 0: any")
     # what is seen
     train_short_sides: tuple[int, int] = option((800, 800), "pixels; range from which each image's short side is drawn")
     flip: float = option(0.5, "probability of a horizontal flip")
     seed: int = option(0, "of the initial weights and of all that the sampler draws")
-    # where and in what portions; nothing here changes the result
-    images_per_gpu: int = option(0, "most images at once on a device; 0: no limit. More are accumulated")
-    accumulate: int = option(0, "portions of a process's share of the batch; 0: as few as --images-per-gpu allows")
+    canvas_multiple: int = option(32, "pixels, to which the sides of a batch are padded")
     precision: str = option("auto", "of the network; auto: bf16 where the hardware has it. Losses are always fp32", ("auto", "bf16", "fp32"))
     compile: str = option("auto", "torch.compile the network; auto: on a GPU", ("auto", "on", "off"))
-    canvas_multiple: int = option(32, "pixels; the sides of a batch are padded to it. 128 means few shapes to compile")
+    # in what portions; nothing from here on changes what is learned
+    images_per_gpu: int = option(0, "most images at once on a device, the rest is accumulated; 0: any")
+    accumulate: int = option(0, "portions of a process's share of the batch; 0: as few as --images-per-gpu allows")
     num_workers: int = option(2, "data loading processes per training process; 0: none")
     log_every: int = option(20, "steps between two progress lines and entries of metrics.jsonl")
     checkpoint_every: int = option(1000, "steps between two checkpoints")
     checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is due in any case")
 
+
+ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth", "centerness_on_box_tower", "box_unit",
+                "sqrt_score", "pixel_mean", "pixel_std")  # what --init-from takes over from the other checkpoint
+RESUMABLE = {"data", "images_per_gpu", "accumulate", "num_workers", "log_every", "checkpoint_every",
+             "checkpoint_minutes"}  # what may be changed on the way
 
 fcos_R_50_FPN_1x = TrainConfig()
 center = dict(center_radius=1.5)
@@ -86,12 +94,12 @@ fcos_R_50_FPN_1x_center = replace(fcos_R_50_FPN_1x, **center)
 fcos_R_101_FPN_2x = replace(fcos_R_50_FPN_1x, model=ModelConfig(backbone="resnet101"), steps=180_000, train_short_sides=(640, 800))
 fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou", model=ModelConfig(**improved))
 PRESETS = {
-    # Small enough for two CPU cores: trains from random weights, hence GroupNorm and nothing frozen.
+    # Small enough for two CPU cores. It learns from random weights, hence GroupNorm, nothing frozen, and AdamW.
     "demo": TrainConfig(
         model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
-                          short_side=240, long_side=320, enlarge=False),
-        backbone_weights="none", center_radius=1.5, box_loss="giou", epochs=16, lr=0.02, warmup_steps=50, schedule="cosine",
-        grad_clip=10.0, train_short_sides=(240, 240), num_workers=1, log_every=20),
+                          short_side=240, long_side=320, enlarge=False, **improved),
+        data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=8, epochs=15, optimizer="adamw", lr=1e-3, weight_decay=0.05,
+        warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(240, 240), num_workers=0),
     "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
     "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
     "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),
@@ -128,7 +136,7 @@ def save_checkpoint(run: Path, checkpoint: dict, keep=2):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         unfinished.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error}); free some space and go on from the checkpoint before it "
-                        f"with --resume --run {run}") from None
+                        f"with --resume --run-dir {run}") from None
     for old in evaluate.checkpoints_of(run)[keep:]:
         old.unlink()
 
@@ -136,6 +144,14 @@ def save_checkpoint(run: Path, checkpoint: dict, keep=2):
 def config_from(checkpoint: dict) -> TrainConfig:
     config = checkpoint["config"]
     return TrainConfig(**config | {"model": ModelConfig(**config["model"])})
+
+
+def data_hash(dataset: data.CocoDataset) -> str:
+    """What a data set has to teach, in 16 digits."""
+    digest = hashlib.sha256("".join(dataset.annotations.file_names.tolist()).encode())
+    for part in (dataset.annotations.sizes, *dataset.boxes):
+        digest.update(part.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def init_from(model, path, categories: dict):
@@ -199,14 +215,12 @@ def add_up(state, bucket):
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
-def train(config: TrainConfig, args, device: torch.device, resume=False) -> tuple[FCOS, dict]:
-    """Train from step 0, or from the newest checkpoint of the run, to the end. Returns the model and its last checkpoint."""
+def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None) -> tuple[FCOS, dict]:
+    """Train from step 0, or from the newest checkpoint of the run, to the end. Returns the model and its categories."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    run = Path(args.run)
-    bf16 = config.precision == "bf16" or config.precision == "auto" and evaluate.bf16_is_fast(device)
 
     # data
-    dataset = data.open_split(args.data, run, "train", args.train_split)
+    dataset = data.open_split(config.data, run, "train", config.train_split)
     images = dataset.with_boxes()
     annotations = dataset.annotations
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
@@ -218,45 +232,57 @@ def train(config: TrainConfig, args, device: torch.device, resume=False) -> tupl
     config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
     if config.epochs > 0:
         config = replace(config, steps=max(1, round(config.epochs * len(images) / config.batch_size)), epochs=0.0)
-    share, rest = divmod(config.batch_size, world)
-    accumulate = config.accumulate or (math.ceil(share / config.images_per_gpu) if config.images_per_gpu else 1)
-    if rest or share % accumulate:
-        raise DataError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} processes x {accumulate} "
-                        "accumulation steps; change --batch-size, --accumulate or --images-per-gpu")
+    share = config.batch_size // world
+    accumulate = config.accumulate or min((a for a in range(1, share + 1) if share % a == 0 and
+                                           share // a <= (config.images_per_gpu or share)), default=1)
+    if config.batch_size % (world * accumulate):
+        raise ConfigError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} processes x {accumulate} "
+                          "accumulation steps; change --batch-size, --accumulate or --images-per-gpu")
+    bf16 = config.precision == "bf16" or config.precision == "auto" and evaluate.bf16_is_fast(device)
+    say(f"{config.batch_size} images a step: {world} process{'es' * (world > 1)} x {accumulate} portion{'s' * (accumulate > 1)} x "
+        f"{share // accumulate} images, in {'bf16' if bf16 else 'fp32'} on {device.type}")
     sampler = data.TrainSampler(annotations.sizes, images, config.batch_size, config.seed, config.train_short_sides,
                                 config.model.long_side, config.model.enlarge, config.flip, config.canvas_multiple)
 
     # model and optimizer
     torch.manual_seed(config.seed)
     model = FCOS(config.model, config.backbone_weights if not resume else "none")
-    if args.init_from:
-        init_from(model, args.init_from, categories)
+    if init_file:
+        init_from(model, init_file, categories)
     model.to(device, memory_format=torch.channels_last)
     biases = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
     weights = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("bias")]
-    optimizer = torch.optim.SGD([{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
-                                 {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}],
-                                lr=config.lr, momentum=config.momentum, fused=True)
+    groups = [{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
+              {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True) if config.optimizer == "sgd" else \
+        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
     first_step = 0
     if resume:
         checkpoint = evaluate.load_checkpoint(run)
+        if checkpoint["data_hash"] != data_hash(dataset):
+            raise ConfigError(f"{annotations.path} is not what {run} was trained on so far; restore it, or start another run "
+                              "from these weights with --init-from")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random_state"])
         first_step = checkpoint["step"]
-        say(f"{run}: going on from step {first_step}")
+        say(f"{run}: finished at step {first_step}, nothing left to train" if first_step == config.steps else
+            f"{run}: going on from step {first_step}")
     network = model
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         network = torch.compile(network, dynamic=False)
     if world > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+                                          gradient_as_bucket_view=True)
         network.register_comm_hook(None, add_up)
 
     def checkpoint_of(step):
-        return {"format": evaluate.CHECKPOINT_FORMAT, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        return {"format": CHECKPOINT_FORMAT, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "random_state": torch.get_rng_state(), "config": dataclasses.asdict(config), "categories": categories,
-                "data": args.data, "val_split": args.val_split}
+                "data_hash": data_hash(dataset)}
+
+    if rank == 0 and not resume:
+        save_checkpoint(run, checkpoint_of(0))  # from here on, the folder is this run's and --resume goes on with it
 
     # the loop
     stop_signal = []
@@ -326,7 +352,7 @@ def train(config: TrainConfig, args, device: torch.device, resume=False) -> tupl
         if stop and done < config.steps:
             say(f"\nstopped by a signal after step {done}; go on with: make resume RUN={run}")
             sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
-    return model, checkpoint_of(config.steps)
+    return model, categories
 
 
 def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
@@ -348,10 +374,7 @@ def parse_arguments(argv):
         raise ConfigError(f"preset {name!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"))
     config = PRESETS[name]
     parser = argparse.ArgumentParser(prog=f"train.py {name}", description=f"Presets: {', '.join(PRESETS)}.")
-    parser.add_argument("--data", help="COCO-format folder, or shapes: generated in RUN/data (default: shapes for demo)")
-    parser.add_argument("--train-split", help="default: train2017, else the only train* split")
-    parser.add_argument("--val-split", help="default: val2017, else the only val* split")
-    parser.add_argument("--run", help=f"folder of the run (default: runs/{name})", default=f"runs/{name}")
+    parser.add_argument("--run-dir", dest="run", help=f"folder of the run (default: runs/{name})", default=f"runs/{name}")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN, with its configuration")
     parser.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
     parser.add_argument("--skip-eval", action="store_true", help="do not evaluate after training")
@@ -364,11 +387,15 @@ def parse_arguments(argv):
                                    help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
     args = parser.parse_args(argv)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(args).items()}
+
     def of(owner):
         return {f.name: given[f.name] for f in dataclasses.fields(owner) if f.name in given}
+
     args.changed = of(config) | of(config.model)
-    args.config = replace(config, **of(config), model=replace(config.model, **of(config.model)))
-    args.data = os.path.abspath(args.data) if args.data not in (None, "shapes") else "shapes" if name == "demo" else None
+    if args.changed.get("data", "shapes") != "shapes":
+        args.changed["data"] = os.path.abspath(args.changed["data"])  # a checkpoint may be used from another folder
+    args.config = replace(config, **{k: v for k, v in args.changed.items() if k in of(config)},
+                          model=replace(config.model, **of(config.model)))
     return args
 
 
@@ -378,51 +405,60 @@ def kind_of_option(f) -> dict:
         return {"action": argparse.BooleanOptionalAction}
     if f.type == float | None:
         return {"type": lambda text: None if text == "none" else float(text), "metavar": "X"}
+    if f.type == str | None:
+        return {"metavar": "X"}
     if f.metadata["choices"]:
         return {"choices": f.metadata["choices"]}
     of_each = typing.get_args(f.type)  # of a tuple
     return {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
 
 
+def set_up(args) -> tuple[TrainConfig, bool]:
+    """What is to be trained, and whether it was begun before. Sees to it that no run is overwritten."""
+    checkpoints = evaluate.checkpoints_of(args.run)
+    restarted = checkpoints and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+    if args.resume or restarted:
+        fixed = sorted(f"--{name.replace('_', '-')}" for name in args.changed.keys() - RESUMABLE)
+        if args.resume and fixed:
+            raise ConfigError(f"--resume goes on with the configuration of {args.run}; leave out {', '.join(fixed)}")
+        config = config_from(evaluate.load_checkpoint(args.run))
+        return replace(config, **{k: v for k, v in args.changed.items() if k in RESUMABLE}), True
+    if checkpoints:
+        raise ConfigError(f"{args.run} holds a run already; go on with it (make resume RUN={args.run}), choose another folder "
+                          "(RUN=...), or delete it")
+    config = args.config
+    if not config.data:
+        raise ConfigError("no data set; name a COCO-format folder with DATA=... (--data)")
+    if args.init_from:  # its weights mean nothing in another architecture
+        theirs = evaluate.load_checkpoint(args.init_from)["config"]["model"]
+        adopted = {name: theirs[name] for name in ARCHITECTURE if name not in args.changed}
+        config = replace(config, backbone_weights="none", model=replace(config.model, **adopted))
+    return config, False
+
+
 def main():
     args = parse_arguments(sys.argv[1:])
-    distributed = "RANK" in os.environ
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if distributed:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    run, config = Path(args.run), args.config
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and evaluate.checkpoints_of(run)
-    resume = args.resume or bool(restarted)
-    if resume:
-        checkpoint = evaluate.load_checkpoint(run)
-        config, args.data, args.val_split = config_from(checkpoint), checkpoint["data"], checkpoint["val_split"]
-        if checkpoint["step"] >= config.steps:
-            say(f"{run}: finished at step {checkpoint['step']}; nothing left to train. Evaluate it with: make eval RUN={run}")
-            return
-    elif evaluate.checkpoints_of(run):
-        raise ConfigError(f"{run} holds a run already; go on with it (make resume RUN={run}), choose another folder (RUN=...), "
-                          "or delete it")
-    if args.data is None:
-        raise ConfigError("no data set; name a COCO-format folder with DATA=... (--data)")
-    if rank == 0:
+    evaluate.join_process_group(device)
+    config, resume = set_up(args)
+    run = Path(args.run)
+    if int(os.environ.get("RANK", 0)) == 0:
         run.mkdir(parents=True, exist_ok=True)
-        data.open_split(args.data, run, "val", args.val_split)  # generates shapes, and fails now if evaluation would
-    if distributed:
+        data.open_split(config.data, run, "val", config.val_split)  # generates shapes, and fails now if evaluation would
+    if dist.is_initialized():
         dist.barrier()
-    model, checkpoint = train(config, args, device, resume)
+    model, categories = train(config, run, device, resume, args.init_from)
     if not args.skip_eval:
-        validation = data.open_split(args.data, run, "val", args.val_split)
-        evaluate.evaluate(model, validation, checkpoint["categories"], run, device, precision=config.precision)
-    if distributed:
+        validation = data.open_split(config.data, run, "val", config.val_split)
+        evaluate.evaluate(model, validation, categories, run, device, precision=config.precision)
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, ConfigError) as error:
-        sys.exit(f"error: {error}")
+    except (DataError, ConfigError, OSError) as error:
+        sys.exit(f"error: {str(error).rpartition('DataError: ')[2].strip()}")  # from a worker, it comes with a traceback

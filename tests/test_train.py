@@ -1,0 +1,315 @@
+"""Training is exact, whatever it is split over, and survives: processes really started, really killed, files really damaged."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from model import FCOS, ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+BCCD = ROOT.parent / "shared" / "data" / "bccd"
+# A detector so small that a start takes longer than its training. SGD at a gentle rate: AdamW or a rough start would magnify
+# the rounding of sums taken in another order from 1e-7 to 1e-3 within 30 steps.
+TINY = ["demo", "--channels", "32", "--tower-depth", "1", "--train-short-sides", "64", "64", "--short-side", "64", "--batch-size", "8",
+        "--steps", "30", "--epochs", "0", "--optimizer", "sgd", "--lr", "0.001", "--warmup-steps", "5", "--log-every", "1",
+        "--precision", "fp32", "--skip-eval"]
+
+
+def start(*options, processes=1, torchrun=()):
+    """train.py as a user starts it, on the CPU."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *torchrun] if processes > 1 else []
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, "train.py", *map(str, options)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, timeout=300):
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def run_to_end(*options, **launch):
+    code, output = finish(start(*options, **launch))
+    assert code == 0, output
+    return output
+
+
+def losses_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[line["cls"], line["box"], line["centerness"]] for line in lines]
+
+
+def weights_of(run):
+    return evaluate.load_checkpoint(run)["model"]
+
+
+def assert_same_bits(run, other):
+    a, b = weights_of(run), weights_of(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def wait_for(condition, process, timeout=120):
+    end = time.time() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """48 generated images; every third has one box that lies between the locations, so that whole portions have no positive."""
+    root = tmp_path_factory.mktemp("shapes")
+    data.make_shapes(root, num_train=48, num_val=8, size=64)
+    path = root / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    hopeless = {image["id"] for image in content["images"][::3]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in hopeless]
+    content["annotations"] += [{"id": 10_000 + i, "image_id": i, "category_id": 1, "bbox": [5, 5, 2, 2], "area": 4, "iscrowd": 0}
+                               for i in hopeless]
+    path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run_to_end(*TINY, "--data", dataset, "--run-dir", run, "--num-workers", 1)
+    return run
+
+
+# --- the GPU count changes nothing ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", [dict(processes=2), dict(accumulate=4), dict(processes=2, accumulate=2)], ids=str)
+def test_processes_and_accumulation_change_neither_losses_nor_weights(dataset, uninterrupted, tmp_path, split):
+    run_to_end(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 0, "--accumulate", split.get("accumulate", 1),
+               processes=split.get("processes", 1))
+    one, other = losses_of(uninterrupted), losses_of(tmp_path)
+    assert len(one) == len(other) == 30
+    for step, (a, b) in enumerate(zip(one, other)):
+        assert a == pytest.approx(b, abs=5e-5, rel=1e-4), f"step {step}"
+    a, b = weights_of(uninterrupted), weights_of(tmp_path)
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+
+
+@pytest.mark.skipif(not BCCD.exists(), reason="no real photographs beside the repository (../shared/data/bccd)")
+def test_two_processes_agree_with_one_on_real_photographs(tmp_path):
+    for processes in (1, 2):
+        run_to_end(*TINY, "--data", BCCD, "--run-dir", tmp_path / str(processes), "--num-workers", 0, processes=processes)
+    for a, b in zip(losses_of(tmp_path / "1"), losses_of(tmp_path / "2")):
+        assert a == pytest.approx(b, abs=5e-5, rel=1e-4)
+    a, b = weights_of(tmp_path / "1"), weights_of(tmp_path / "2")
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+
+
+def test_images_per_gpu_sets_the_accumulation(dataset, tmp_path):
+    output = run_to_end(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--images-per-gpu", 3)
+    assert "8 images a step: 1 process x 4 portions x 2 images" in output  # 3 portions do not divide a batch of 8
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(dataset, tmp_path):
+    code, output = finish(start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--accumulate", 3))
+    assert code == 1 and "a batch of 8 images cannot be shared evenly by 1 processes x 3 accumulation steps" in output
+
+
+# --- it survives ------------------------------------------------------------------------------------------------------
+
+def test_killed_at_random_moments_it_resumes_bit_for_bit(dataset, uninterrupted, tmp_path):
+    draw = random.Random(0)
+    options = ["--num-workers", 1, "--checkpoint-every", 2]
+    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, *options)
+    wait_for(lambda: evaluate.checkpoints_of(tmp_path), process)
+    for kill in range(5):
+        if kill % 2:  # while a checkpoint is being written
+            wait_for(lambda: process.poll() is not None or list(tmp_path.glob("*.part")), process)
+        else:
+            time.sleep(draw.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+        process = start("--resume", "--run-dir", tmp_path, "--skip-eval", *options)
+        wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), process)
+        before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
+        wait_for(lambda: (tmp_path / "metrics.jsonl").stat().st_mtime_ns != before, process)  # it trains again
+    code, output = finish(process)
+    assert code == 0, output
+    assert_same_bits(tmp_path, uninterrupted)
+    assert losses_of(tmp_path) == losses_of(uninterrupted)  # nothing twice, nothing missing
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so_by_its_exit_code(dataset, uninterrupted, tmp_path):
+    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses_of(tmp_path)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 128 + signal.SIGTERM and f"make resume RUN={tmp_path}" in output
+    stopped = evaluate.load_checkpoint(tmp_path)["step"]
+    assert 2 <= stopped < 30 and len(losses_of(tmp_path)) == stopped
+    run_to_end("--resume", "--run-dir", tmp_path, "--skip-eval")
+    assert_same_bits(tmp_path, uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(dataset, uninterrupted, tmp_path):
+    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--checkpoint-every", 5)
+    wait_for(lambda: len(evaluate.checkpoints_of(tmp_path)) == 2 and (tmp_path / "checkpoint-0000010.pt").exists(), process)
+    process.kill()
+    process.communicate()
+    newest = evaluate.checkpoints_of(tmp_path)[0]
+    with open(newest, "r+b") as file:
+        file.truncate(newest.stat().st_size // 2)
+    output = run_to_end("--resume", "--run-dir", tmp_path, "--skip-eval")
+    assert f"{newest}: damaged" in output and re.search(r"going on from step \d", output)
+    assert_same_bits(tmp_path, uninterrupted)
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed(dataset, uninterrupted, tmp_path):
+    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 0, "--checkpoint-every", 5, processes=2,
+                    torchrun=["--max-restarts", "1"])
+    wait_for(lambda: (tmp_path / "checkpoint-0000005.pt").exists(), process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0 and "going on from step" in output, output
+    a, b = weights_of(uninterrupted), weights_of(tmp_path)
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+
+
+def test_one_dying_process_ends_all_within_a_minute(dataset, tmp_path):
+    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 0, "--steps", 100_000, processes=2)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and losses_of(tmp_path), process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    killed = time.time()
+    code, output = finish(process)
+    assert code != 0 and time.time() - killed < 60
+
+
+def workers_of(torchrun):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(dataset, tmp_path):
+    code, output = finish(start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--lr", "1e20", "--grad-clip", 0, "--box-unit", "pixel"))
+    assert code == 1 and "the loss is not finite at step" in output and "Traceback" not in output
+    told = json.loads((tmp_path / "non_finite.json").read_text())
+    assert len(told["image_ids"]) == 8 and f"at step {told['step']} " in output and set(told["losses"]) == {"cls", "box", "centerness"}
+    assert all(value.isfinite().all() for value in weights_of(tmp_path).values())
+
+
+def test_a_finished_run_says_so_and_another_never_overwrites_it(dataset, uninterrupted):
+    assert "finished at step 30, nothing left to train" in run_to_end("--resume", "--run-dir", uninterrupted, "--skip-eval")
+    code, output = finish(start(*TINY, "--data", dataset, "--run-dir", uninterrupted))
+    assert code == 1 and "holds a run already; go on with it (make resume RUN=" in output
+
+
+def test_resume_refuses_another_configuration_and_a_changed_data_set(dataset, uninterrupted, tmp_path):
+    code, output = finish(start("--resume", "--run-dir", uninterrupted, "--lr", "0.1"))
+    assert code == 1 and "leave out --lr" in output
+    other = tmp_path / "other"
+    data.make_shapes(other, num_train=8, num_val=8, size=64, seed=1)
+    code, output = finish(start("--resume", "--run-dir", uninterrupted, "--data", other))
+    assert code == 1 and "is not what" in output and "--init-from" in output
+
+
+def test_checkpoints_hold_nothing_but_tensors_and_plain_types_and_two_are_kept(uninterrupted):
+    checkpoint = torch.load(evaluate.checkpoints_of(uninterrupted)[0], weights_only=True)
+    assert {"model", "optimizer", "step", "random_state", "config", "categories"} <= checkpoint.keys()
+    assert train.config_from(checkpoint).model.num_classes == 3 and checkpoint["categories"]["names"] == list(data.SHAPES)
+    assert len(evaluate.checkpoints_of(uninterrupted)) == 2
+
+
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    train.save_checkpoint(tmp_path, {"step": 1})
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(data.DataError, match="No space left on device.*--resume"):
+        train.save_checkpoint(tmp_path, {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000001.pt"]
+
+
+def test_init_from_takes_the_weights_but_not_the_outputs_of_other_classes(uninterrupted, capsys):
+    model = FCOS(replace(evaluate.build_detector(evaluate.load_checkpoint(uninterrupted)).config, num_classes=5))
+    before = model.head.cls_logits.weight.clone()
+    train.init_from(model, uninterrupted, {"names": list("abcde")})
+    told = capsys.readouterr().out
+    assert "fresh: head.cls_logits.bias, head.cls_logits.weight" in told
+    assert torch.equal(model.head.cls_logits.weight, before)
+    assert torch.equal(model.backbone.resnet.conv1.weight, weights_of(uninterrupted)["backbone.resnet.conv1.weight"])
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+def differences(name, other):
+    """The fields in which one preset differs from another."""
+    found = {}
+    for owner in (lambda c: c, lambda c: c.model):
+        a, b = owner(train.PRESETS[name]), owner(train.PRESETS[other])
+        found |= {f.name: getattr(b, f.name) for f in dataclasses.fields(a)
+                  if f.name != "model" and getattr(a, f.name) != getattr(b, f.name)}
+    return found
+
+
+def test_presets_differ_by_what_their_names_say():
+    base = "fcos_R_50_FPN_1x"
+    two_x = {"backbone": "resnet101", "steps": 180_000, "train_short_sides": (640, 800)}
+    improved = {"centerness_on_box_tower": True, "box_unit": "stride", "sqrt_score": True}
+    assert differences(base, base + "_center") == {"center_radius": 1.5}
+    assert differences(base + "_center", base + "_center_liou") == {"box_loss": "linear_iou"}
+    assert differences(base + "_center", base + "_center_giou") == {"box_loss": "giou"}
+    assert differences(base, "fcos_R_101_FPN_2x") == two_x
+    assert differences("fcos_R_101_FPN_2x", "fcos_R_101_FPN_2x_center_giou") == {"center_radius": 1.5, "box_loss": "giou"}
+    assert differences(base + "_center_giou", "fcos_imprv_R_50_FPN_1x") == improved
+    assert differences("fcos_imprv_R_50_FPN_1x", "fcos_imprv_R_101_FPN_2x") == two_x
+
+
+def test_learning_rate_is_the_schedule_of_the_paper():
+    one_x, two_x = train.PRESETS["fcos_R_50_FPN_1x"], train.PRESETS["fcos_R_101_FPN_2x"]
+    for step, lr in ((0, 0.01 / 3), (499, 0.01 / 3), (500, 0.01), (59_999, 0.01), (60_000, 1e-3), (79_999, 1e-3), (80_000, 1e-4)):
+        assert train.lr_at(step, one_x) == pytest.approx(lr)
+    for step, lr in ((119_999, 0.01), (120_000, 1e-3), (159_999, 1e-3), (160_000, 1e-4), (179_999, 1e-4)):
+        assert train.lr_at(step, two_x) == pytest.approx(lr)
+
+
+def test_every_field_of_both_configurations_is_an_option_with_help():
+    for owner in (train.TrainConfig, ModelConfig):
+        for f in dataclasses.fields(owner):
+            assert f.name in ("model", "num_classes") or f.metadata["help"]
+    args = train.parse_arguments(["fcos_R_50_FPN_1x", "--batch-size", "8", "--lr", "0.005", "--center-radius", "none", "--nms-iou", "0.5",
+                                  "--train-short-sides", "640", "800", "--no-enlarge"])
+    expected = replace(train.PRESETS["fcos_R_50_FPN_1x"], batch_size=8, lr=0.005, train_short_sides=(640, 800),
+                       model=ModelConfig(nms_iou=0.5, enlarge=False))
+    assert args.config == expected
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(train.ConfigError, match="did you mean fcos_R_50_FPN_1x_center_giou"):
+        train.parse_arguments(["fcos_R_50_FPN_1x_center_gio"])
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (["fcos_R_50_FPN_1x"], "no data set; name a COCO-format folder with DATA="),
+    (["demo", "--data", "nowhere"], "nowhere/annotations: no such folder"),
+    (["demo", "--resume"], "no checkpoint-"),
+    (["demo", "--init-from", "nothing.pt"], "nothing.pt: no such run folder or checkpoint"),
+    (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
+    (["demo", "--box-loss", "diou"], "invalid choice: 'diou'"),
+    (["demo", "--batch-size", "many"], "invalid int value: 'many'"),
+])
+def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path):
+    code, output = finish(start(*options, "--run-dir", tmp_path / "run"))
+    assert code != 0 and sentence in output and "Traceback" not in output
