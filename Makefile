@@ -30,18 +30,19 @@ endif
 LAST   = $(patsubst %/,%,$(dir $(firstword $(shell ls -t runs/*/checkpoint-*.pt 2>/dev/null))))
 CHOSEN = $(or $(WEIGHTS),$(RUN),$(LAST),$(error no run in runs/ yet: make train first, or name one with RUN=... or WEIGHTS=...))
 
-.PHONY: help train resume eval predict test clean
+.PHONY: help train resume eval predict check test test-gpu bench clean
 help:
 	@echo "make train    train MODEL on DATA into RUN, then evaluate (no variable: a demo on generated data, 5 minutes on a CPU)"
 	@echo "make resume   go on with RUN after an interruption"
 	@echo "make eval     COCO figures of RUN (default: the last run trained) on its validation split"
 	@echo "make predict  draw the objects found in IMAGES=\"a.jpg folder/\""
-	@echo "make test     all tests that need no GPU"
+	@echo "make check    what is in DATA, and what training would stumble over"
+	@echo "make test     all tests that need no GPU; make test-gpu: those that do; make bench: speed against the peers"
 	@echo
 	@echo "MODEL=$(MODEL)   preset; python train.py --help lists them all"
 	@echo "DATA=    COCO-format folder (annotations/instances_<split>.json, <split>/*.jpg)"
 	@echo "RUN=     folder of the run (default: runs/MODEL)"
-	@echo "WEIGHTS= run folder or checkpoint to evaluate or predict with (default: RUN)"
+	@echo "WEIGHTS= run folder, checkpoint or torchvision (its published FCOS) to evaluate or predict with (default: RUN)"
 	@echo "GPUS=$(GPUS)   processes, one a GPU (default: all visible; 0: CPU)"
 	@echo "NNODES=1 NODE_RANK=0 MASTER=host:port   for several machines"
 	@echo "ARGS=    more options, such as ARGS=\"--batch-size 8 --lr 0.005\""
@@ -60,8 +61,17 @@ predict: $(READY)
 	$(if $(IMAGES),,$(error name pictures: make predict IMAGES="a.jpg folder/"))
 	$(PYTHON) evaluate.py $(CHOSEN) --images $(IMAGES) $(ARGS)
 
+check: $(READY)
+	$(PYTHON) data.py $(or $(DATA),$(error name a COCO-format folder: make check DATA=...)) $(ARGS)
+
 test: $(READY)
 	$(PYTHON) -m pytest -q tests
+
+test-gpu: $(READY)
+	$(PYTHON) -m pytest -q tests/test_csrc.py tests/test_model.py -rs
+
+bench: $(READY)
+	$(PYTHON) tests/benchmark.py $(ARGS)
 
 $(VENV)/ready: requirements.txt
 	python3 -m venv $(VENV)

@@ -8,35 +8,60 @@
     which scale, on which canvas. No other random number exists here, so that a resumed run goes on as it would have,
     and any number of processes sees the same global batches.
  3. *Load*: decode, resize as uint8 with antialiasing, flip, put on the canvas. The device makes floats of it.
+ 4. *Check*: say in words what training would do with a data set, before it does.
+
+What is wrong with an entry as such (a bbox of three numbers, an image that is not there) is an error: `DataError`, one
+sentence with the remedy. What is doubtful (a box without area) is left out of training, counted and told.
 
 `shapes` is a generated data set, written as JPEG files and JSON, that goes through the same reader.
 
-    python data.py DIR                        describe a data set and its problems
+    python data.py DIR                        describe a data set and its problems: its train and its val split
+    python data.py DIR --images               decode every image as well, and compare the files of the two splits
+    python data.py DIR --split train --fix OUT.json     write a copy without what cannot be learned
+
+It exits with 0 where there is nothing to tell, with 1 where training leaves something out or something looks wrong, and
+with 2 where training cannot start.
 
 Letters: I images and A annotations of a split, N images of a batch, G boxes of an image, C classes.
 """
 
 import argparse
 import colorsys
+import hashlib
+import io
 import json
 import os
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_jpeg, write_png
 from torchvision.transforms.v2 import functional as transforms
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 CANVAS_MULTIPLE = 32  # pixels; the canvas of a batch is padded to it (stride of C5)
 
 
 class DataError(ValueError):
     """Something in the user's data that cannot be used; the message is one sentence with the remedy."""
+
+
+class Problem(NamedTuple):
+    """Something that the checker tells."""
+    what: str              # completes "12 ..."
+    count: int
+    examples: list[str]    # the first ones: file, ids, value
+    then: str              # what training does with it
+    remedy: str
+    stops: bool = False    # training cannot start
 
 
 # --- 1. reading -------------------------------------------------------------------------------------------------------
@@ -52,9 +77,14 @@ class Annotations(NamedTuple):
     labels: np.ndarray          # (A,) int64 in [0, C): index of the category in `category_ids`
     areas: np.ndarray           # (A,) float64 pixels squared (of the object's mask, where the JSON has one)
     crowd: np.ndarray           # (A,) bool: box around a crowd of objects
-    annotation_ids: np.ndarray  # (A,) int64
+    annotation_ids: np.ndarray  # (A,) int64, -1 where the JSON has none
+    rows: np.ndarray            # (A,) int64: place in the JSON's list of annotations
     category_ids: list[int]     # C, sorted
     category_names: list[str]   # C
+
+    def image_of(self) -> np.ndarray:
+        """(A,) index of each annotation's image."""
+        return np.repeat(np.arange(len(self.image_ids)), np.diff(self.first))
 
 
 def find_split(root: str, kind: str, split: str | None = None) -> tuple[Path, Path]:
@@ -76,72 +106,151 @@ def find_split(root: str, kind: str, split: str | None = None) -> tuple[Path, Pa
         raise DataError(f"{folder}: no instances_{split}.json; there is {', '.join(splits) or 'none at all'}")
     images = next((p for p in (Path(root) / split, Path(root) / "images" / split) if p.is_dir()), None)
     if images is None:
-        raise DataError(f"{root}: no image folder {split}/ or images/{split}/ for instances_{split}.json")
+        raise DataError(f"{root}: no image folder {split}/ or images/{split}/ for instances_{split}.json; put the image files "
+                        "into one of them")
     return folder / f"instances_{split}.json", images
 
 
-def read_annotations(path) -> Annotations:
-    """Read a COCO-format JSON file. Raises DataError where it is not one; doubtful boxes are kept as they are."""
+def split_of(json_file) -> str:
+    return Path(json_file).stem.removeprefix("instances_")
+
+
+def is_whole(value):
+    return type(value) is int and abs(value) < 2**63 or type(value) is float and value.is_integer() and abs(value) < 2**53
+
+
+def is_number(value):  # NaN and Infinity are: boxes that have them are counted, not refused
+    return type(value) is float or type(value) is int and abs(value) < 2**63
+
+
+def is_text(value):
+    return type(value) is str and 0 < len(value) < 500 and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+
+
+FIELDS = {  # what training needs: table -> field -> (test, in words, what stands for a missing one)
+    "categories": {"id": (is_whole, "a whole number", None),
+                   "name": (is_text, "a text", None)},
+    "images": {"id": (is_whole, "a whole number", None),
+               "file_name": (lambda v: is_text(v) and not os.path.isabs(v) and ".." not in v.split("/"),
+                             "a path inside the image folder", None),
+               "height": (lambda v: is_whole(v) and 0 < v <= 10**6, "a number of pixels > 0", None),
+               "width": (lambda v: is_whole(v) and 0 < v <= 10**6, "a number of pixels > 0", None)},
+    "annotations": {"image_id": (is_whole, "a whole number", None),
+                    "category_id": (is_whole, "a whole number", None),
+                    "bbox": (lambda v: type(v) is list and len(v) == 4 and all(map(is_number, v)),
+                             "four numbers [x, y, width, height]", None),
+                    "iscrowd": (lambda v: type(v) in (int, bool, float) and v in (0, 1), "0 or 1", 0),
+                    "id": (is_whole, "a whole number", -1)},
+}
+
+
+def read_json(path) -> dict:
+    """The three tables of a COCO-format file. Polygons, most of such a file, are dropped while it is read."""
+    def slim(pairs):
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            raise ValueError(f"an object has a key twice, among {', '.join(sorted(key for key, _ in pairs)[:20])!a}")
+        entry.pop("segmentation", None)
+        return entry
+
     try:
-        with open(path) as file:
-            content = json.load(file)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); is the file complete?") from None
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file, object_pairs_hook=slim)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, absurd numbers
+        empty = os.path.isfile(path) and os.path.getsize(path) == 0
+        reason = "it is empty" if empty else getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read as JSON ({reason}); is the file complete? Copy or export it again") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__} where COCO format has an object with images, "
-                        "annotations and categories")
+        raise DataError(f"{path}: holds a {type(content).__name__} where COCO format has an object with images, annotations "
+                        "and categories; export it as COCO object detection")
+    for table in FIELDS:
+        if type(content.get(table)) is not list:
+            raise DataError(f"{path}: has no list of {table}; export it as COCO object detection")
+        wrong = [entry for entry in content[table] if type(entry) is not dict]
+        if wrong:
+            raise DataError(f"{path}: among its {table} is {brief(wrong[0])}, not an object; export it as COCO object detection")
+    return content
 
-    def column(table, key, dtype, default=None):
-        """One field of every entry of a table, as an array."""
-        try:
-            values = [e[key] for e in content[table]] if default is None else [e.get(key, default) for e in content[table]]
-            if dtype is not str:
-                values = np.array(values, dtype=dtype)
-            elif not all(isinstance(value, str) for value in values):
-                raise TypeError("not all are text")
-            return values
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise DataError(f"{path}: {table} need {key!r} as {np.dtype(dtype).name} in every entry "
-                            f"({type(error).__name__}: {error})") from None
 
-    category_ids, category_names = column("categories", "id", np.int64), column("categories", "name", str)
-    image_ids = column("images", "id", np.int64)
-    boxes = column("annotations", "bbox", np.float64).reshape(-1, 4)
-    for table, ids in (("categories", category_ids), ("images", image_ids)):
-        values, counts = np.unique(ids, return_counts=True)
-        if (counts > 1).any():
-            raise DataError(f"{path}: {table} id {values[counts > 1][0]} stands {counts.max()} times; ids must be unique")
-        if len(ids) == 0:
-            raise DataError(f"{path}: {table} is empty")
+def read_annotations(path, problems: list[Problem] | None = None) -> Annotations:
+    """Read a COCO-format JSON file; boxes are kept as written, however doubtful.
 
-    def index_of(ids, wanted, table):
-        """Where each of `wanted` stands in `ids`."""
-        order = np.argsort(ids)
-        found = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
-        unknown = ids[found] != wanted
-        if unknown.any():
-            i = int(np.flatnonzero(unknown)[0])
-            raise DataError(f"{path}: annotation {content['annotations'][i].get('id', i)} names {table} {wanted[i]}, which "
-                            f"is not in the file ({unknown.sum()} such annotations)")
-        return found
+    An entry that cannot be used is a DataError. Given a list of `problems`, it is told there and left out instead.
+    """
+    content = read_json(path)
+    rows = {table: np.arange(len(content[table])) for table in FIELDS}  # the entries that can be used
 
+    def column(table, key, dtype=None):
+        missing = FIELDS[table][key][2]
+        values = [content[table][i].get(key, missing) for i in rows[table].tolist()]
+        return values if dtype is None else np.array(values, dtype=dtype)
+
+    def keep(table, good, what, wrong, remedy="correct it, or let --fix leave it out"):
+        """Go on with the entries `good` (a mask) of a table, and tell of the others: `wrong`(entry) says what it has."""
+        bad = rows[table][~good]
+        rows[table] = rows[table][good]
+        if len(bad):
+            examples = [f"{table}[{i}] " + "".join(f"({key} {brief(entry[key])}) " for key in ("id", "file_name") if key in entry) +
+                        wrong(entry) for i in bad[:3] for entry in [content[table][i]]]
+            if problems is None:
+                raise DataError(f"{path}: {len(bad)} {table} {what}: {examples[0]}; {remedy}")
+            problems.append(Problem(f"{table} {what}", len(bad), examples, "stops, with this as the error", remedy, stops=True))
+
+    for table, fields in FIELDS.items():
+        for key, (test, words, _) in fields.items():
+            good = np.fromiter(map(test, column(table, key)), bool, len(rows[table]))
+            keep(table, good, f"whose {key} is not {words}",
+                 lambda entry: f"has {key} {brief(entry[key])}" if key in entry else f"has no {key}")
+    for table in ("categories", "images"):  # of equal entries the first is kept, of contradicting ones none
+        ids = column(table, "id", np.int64)
+        _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+        first = first[inverse]                                                      # of the same id
+        again = np.flatnonzero(first != np.arange(len(ids)))
+        contradicting = [k for k in again if content[table][rows[table][k]] != content[table][rows[table][first[k]]]]
+        good = np.isin(np.arange(len(ids)), again, invert=True) & ~np.isin(ids, ids[contradicting])
+        keep(table, good, "whose id stands several times", lambda entry: f"has id {entry['id']} like another; ids must be unique",
+             "give every entry an id of its own, and correct the annotations that name it")
+        if len(rows[table]) == 0:
+            raise DataError(f"{path}: has no {table}{' that can be used' * bool(content[table])}; export the file again")
+    for key, table in (("image_id", "images"), ("category_id", "categories")):
+        keep("annotations", np.isin(column("annotations", key, np.int64), column(table, "id", np.int64)), f"whose {key} is unknown",
+             lambda entry: f"has {key} {entry[key]}, which is not among the {table}",
+             f"add it to {table}, or let --fix leave it out")
+    xywh = column("annotations", "bbox", np.float64).reshape(-1, 4)
+    tiny = (np.abs(xywh) <= 1).all(axis=1)
+    if len(tiny) and tiny.mean() > 0.9:  # no box of a pixel can be learned
+        keep("annotations", ~tiny, "whose bbox is normalised, it seems",
+             lambda entry: f"has bbox {brief(entry['bbox'])}, not in pixels",
+             "multiply x and width by the image's width, y and height by its height")
+        xywh = xywh[~tiny]
+
+    image_ids, category_ids = (column(table, "id", np.int64) for table in ("images", "categories"))
+    by_id = np.argsort(image_ids)
+    image = by_id[np.searchsorted(image_ids, column("annotations", "image_id", np.int64), sorter=by_id)]
+    order = np.argsort(image, kind="stable")
+    rows["annotations"], xywh = rows["annotations"][order], xywh[order]             # sorted by image from here on
+    areas = [content["annotations"][i].get("area") for i in rows["annotations"].tolist()]
+    areas = np.array([area if is_number(area) else -1 for area in areas], dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        areas = np.where(np.isfinite(areas) & (areas >= 0), areas, np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1), posinf=0))
     by_id = np.argsort(category_ids)
-    labels = index_of(category_ids[by_id], column("annotations", "category_id", np.int64), "category")
-    image = index_of(image_ids, column("annotations", "image_id", np.int64), "image")
-    by_image = np.argsort(image, kind="stable")
-    boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in content["annotations"]], dtype=np.float64)
-    sizes = np.stack([column("images", "height", np.int64), column("images", "width", np.int64)], axis=1)
-    if (sizes <= 0).any():
-        i = int(np.flatnonzero((sizes <= 0).any(axis=1))[0])
-        raise DataError(f"{path}: image {image_ids[i]} has height {sizes[i, 0]} and width {sizes[i, 1]}; both must be > 0")
+    names = column("categories", "name")
     return Annotations(
-        path=str(path), image_ids=image_ids, file_names=np.array(column("images", "file_name", str)), sizes=sizes,
-        first=np.concatenate([[0], np.bincount(image, minlength=len(image_ids)).cumsum()]),
-        boxes=boxes[by_image], labels=labels[by_image], areas=areas[by_image],
-        crowd=column("annotations", "iscrowd", np.int64, default=0)[by_image] == 1,
-        annotation_ids=column("annotations", "id", np.int64, default=0)[by_image],
-        category_ids=category_ids[by_id].tolist(), category_names=[category_names[i] for i in by_id])
+        path=str(path), image_ids=image_ids, file_names=np.array(column("images", "file_name")),
+        sizes=np.stack([column("images", "height", np.int64), column("images", "width", np.int64)], axis=1),
+        first=np.concatenate([[0], np.bincount(image, minlength=len(image_ids)).cumsum()]), boxes=boxes,
+        labels=np.searchsorted(category_ids[by_id], column("annotations", "category_id", np.int64)), areas=areas,
+        crowd=column("annotations", "iscrowd", bool), annotation_ids=column("annotations", "id", np.int64),
+        rows=rows["annotations"], category_ids=category_ids[by_id].tolist(), category_names=[names[i] for i in by_id])
+
+
+def brief(value) -> str:
+    """A value from the user's file as an error shows it, in a few printable characters."""
+    if type(value) is int and abs(value) >= 10**30:
+        return "an integer of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class Boxes(NamedTuple):
@@ -151,25 +260,35 @@ class Boxes(NamedTuple):
     labels: np.ndarray  # (A,) int64
 
 
+def clip(annotations: Annotations) -> np.ndarray:
+    """(A, 4) float64: the boxes, cut at the edges of their images."""
+    height, width = annotations.sizes[annotations.image_of()].T
+    return annotations.boxes.clip(0, np.stack([width, height, width, height], axis=1))
+
+
+def faults(annotations: Annotations) -> dict[str, np.ndarray]:
+    """Why boxes cannot be learned: {reason: (A,) bool}; a box has one reason at most."""
+    reasons, good = {}, np.ones(len(annotations.boxes), bool)
+    with np.errstate(invalid="ignore"):
+        wh = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
+        clipped = clip(annotations).astype(np.float32)                                  # as they will be learned
+        clipped_wh = clipped[:, 2:] - clipped[:, :2]
+    for reason, bad in (("boxes with a coordinate that is not finite", ~np.isfinite(annotations.boxes).all(axis=1)),
+                        ("boxes of negative width or height", (wh < 0).any(axis=1)),
+                        ("boxes of no width or height", (wh == 0).any(axis=1)),
+                        ("boxes outside their image", ~(clipped_wh >= 1e-3).all(axis=1))):
+        reasons[reason] = good & bad
+        good &= ~bad
+    return reasons
+
+
 def usable_boxes(annotations: Annotations) -> tuple[Boxes, dict[str, int]]:
     """The boxes that training uses, clipped to their image, and why the others are not used: {reason: count}."""
     a = annotations
-    image = np.repeat(np.arange(len(a.image_ids)), np.diff(a.first))                # (A,)
-    height, width = a.sizes[image, 0], a.sizes[image, 1]
-    clipped = a.boxes.clip(0, np.stack([width, height, width, height], axis=1))
-    finite = np.isfinite(a.boxes).all(axis=1)
-    with np.errstate(invalid="ignore"):
-        has_area = (a.boxes[:, 2:] > a.boxes[:, :2]).all(axis=1)
-        inside = (clipped[:, 2:] - clipped[:, :2] >= 1e-3).all(axis=1)
-    reasons = {
-        "crowd boxes": a.crowd,
-        "boxes with a coordinate that is not finite": ~a.crowd & ~finite,
-        "boxes of no width or height": ~a.crowd & finite & ~has_area,
-        "boxes outside their image": ~a.crowd & finite & has_area & ~inside,
-    }
-    keep = ~a.crowd & finite & has_area & inside
-    first = np.concatenate([[0], np.bincount(image[keep], minlength=len(a.image_ids)).cumsum()])
-    boxes = Boxes(first, clipped[keep].astype(np.float32), a.labels[keep])
+    reasons = {"crowd boxes": a.crowd} | {reason: rows & ~a.crowd for reason, rows in faults(a).items()}
+    keep = ~np.logical_or.reduce(list(reasons.values()))
+    first = np.concatenate([[0], np.bincount(a.image_of()[keep], minlength=len(a.image_ids)).cumsum()])
+    boxes = Boxes(first, clip(a)[keep].astype(np.float32), a.labels[keep])
     return boxes, {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
 
 
@@ -295,13 +414,19 @@ class CocoDataset(Dataset):
     def image_path(self, index) -> str:
         return os.path.join(self.folder, str(self.annotations.file_names[index]))
 
+    def missing(self) -> np.ndarray:
+        """Indices of the images whose file is not there; one look at the folder, not one at each file."""
+        there = set(os.listdir(self.folder))
+        return np.array([i for i, name in enumerate(self.annotations.file_names.tolist())
+                         if name not in there and not os.path.isfile(os.path.join(self.folder, name))], dtype=np.int64)
+
     def __getitems__(self, batch: list[Request]) -> Batch:
         height, width = batch[0].canvas
         images = torch.zeros(len(batch), 3, height, width, dtype=torch.uint8)
         boxes, labels = [], []
         for n, request in enumerate(batch):
             h, w = request.size
-            image = self._decode(request.index)                                     # (3, h0, w0)
+            image = self.image(request.index)                                       # (3, h0, w0)
             scale = torch.tensor([w / image.shape[2], h / image.shape[1]]).repeat(2)
             if image.shape[1:] != request.size:
                 image = transforms.resize(image, [h, w], antialias=True)
@@ -315,7 +440,8 @@ class CocoDataset(Dataset):
             labels.append(torch.from_numpy(self.boxes.labels[first:last]))
         return Batch(images, torch.tensor([r.size for r in batch]), boxes, labels, torch.tensor([r.index for r in batch]))
 
-    def _decode(self, index) -> Tensor:
+    def image(self, index) -> Tensor:
+        """An image as its boxes are meant, (3, H, W) uint8 RGB: of the size that the JSON says."""
         path, size = self.image_path(index), tuple(self.annotations.sizes[index].tolist())
         image = load_image(path)
         if tuple(image.shape[1:]) != size:  # the boxes may be meant for the picture as a camera's EXIF note turns it
@@ -327,19 +453,316 @@ class CocoDataset(Dataset):
 
 
 def load_image(path, apply_exif_orientation=False) -> Tensor:
-    """An image file of any kind that torchvision decodes, as (3, H, W) uint8 RGB."""
+    """An image file as (3, H, W) uint8 RGB. Transparency is dropped; of an animation the first picture is taken.
+
+    torchvision decodes JPEG fast, and refuses one that is cut off; its PNG decoder ends the process on a damaged file,
+    so that everything else is Pillow's.
+    """
+    remedy = "replace the file, or take it out of the JSON (python data.py DIR --images --fix OUT.json)"
     try:
-        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB, apply_exif_orientation=apply_exif_orientation)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be decoded as an image ({reason}); replace the file, or take it out of the JSON") from None
-    return image if image.dtype == torch.uint8 else (image >> 8).to(torch.uint8)  # 16-bit PNG
+        content = np.fromfile(path, np.uint8)
+        if content[:2].tobytes() == b"\xff\xd8":
+            return decode_jpeg(torch.from_numpy(content), mode=ImageReadMode.RGB, apply_exif_orientation=apply_exif_orientation)
+        with Image.open(io.BytesIO(content)) as picture:
+            if apply_exif_orientation:
+                picture = ImageOps.exif_transpose(picture)
+            if picture.mode in ("I", "F"):
+                raise ValueError(f"pixels of 32 bits (mode {picture.mode}) have no set range")
+            if picture.mode.startswith("I;16"):
+                pixels = (np.asarray(picture) >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
+            else:
+                pixels = np.array(picture.convert("RGBA" if picture.mode == "P" else "RGB"))[..., :3]  # (H, W, 3)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image file; {remedy}") from None
+    except UnidentifiedImageError:
+        reason = "it is empty" if len(content) == 0 else f"not an image; it begins with {content[:12].tobytes()!r}"
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0] if str(error) else type(error).__name__)
+    raise DataError(f"{path}: cannot be decoded as an image ({reason}); {remedy}")
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers' DataErrors stay one sentence (torch makes a traceback of their message)."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
 def make_loader(dataset: CocoDataset, batch_sampler, num_workers: int, pin_memory=False) -> DataLoader:
     """Batches in the sampler's order, loaded by worker processes."""
-    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=lambda batch: batch, num_workers=num_workers,
-                      pin_memory=pin_memory, persistent_workers=num_workers > 0)
+    return Loader(dataset, batch_sampler=batch_sampler, collate_fn=lambda batch: batch, num_workers=num_workers,
+                  pin_memory=pin_memory, persistent_workers=num_workers > 0)
+
+
+def open_split(name: str, run, kind: str, split: str | None = None) -> "CocoDataset":
+    """A split of the data set `name`: a COCO-format folder, or "shapes", which is generated in RUN/data on first use."""
+    if name == "shapes":
+        name = Path(run) / "data"
+        make_shapes(name)
+    json_file, folder = find_split(name, kind, split)
+    dataset = CocoDataset(read_annotations(json_file), folder)
+    missing = dataset.missing()
+    if len(missing):
+        raise DataError(f"{dataset.image_path(missing[0])}: no such image file, and {len(missing)} of {len(dataset)} in all; complete "
+                        f"the folder, or leave them out: python data.py {name} --split {split_of(json_file)} --fix OUT.json")
+    return dataset
+
+
+# --- 4. checking ------------------------------------------------------------------------------------------------------
+
+def find_problems(dataset: CocoDataset) -> list[Problem]:
+    """All that is doubtful in readable annotations, and image files that are not there. No image is opened."""
+    a, problems = dataset.annotations, []
+    image, reasons = a.image_of(), faults(a)
+
+    def tell(rows, what, example, then, remedy, stops=False):
+        if len(rows):
+            problems.append(Problem(what, len(rows), [example(i) for i in rows[:3]], then, remedy, stops))
+
+    def of_image(i):
+        return f"{brief(str(a.file_names[i]))} (image {a.image_ids[i]})"
+
+    def of_box(k):
+        x0, y0, x1, y1 = a.boxes[k].tolist()
+        return (f"{of_image(image[k])}, annotation {a.annotation_ids[k]}: bbox [{x0:g}, {y0:g}, {x1 - x0:g}, {y1 - y0:g}] "
+                f"in {a.sizes[image[k], 1]} x {a.sizes[image[k], 0]} pixels")
+
+    tell(dataset.missing(), "image files are not there", lambda i: f"{brief(dataset.image_path(i))} (image {a.image_ids[i]})",
+         "stops, with this as the error", "complete the folder, or let --fix leave these images out", stops=True)
+    if len(dataset.boxes.labels) == 0:
+        tell([0], "split without a box that can be learned", lambda i: a.path, "stops: there is nothing to learn",
+             "annotate objects; if there are boxes, see the other problems", stops=True)
+    for reason, rows in reasons.items():
+        tell(np.flatnonzero(rows), reason, of_box, "does not learn them; evaluation counts them as objects not found",
+             "correct them, or let --fix leave them out")
+    height, width = a.sizes[image].T
+    with np.errstate(over="ignore", invalid="ignore"):
+        beyond = (np.abs(a.boxes - clip(a)) > 1).any(axis=1) & ~np.logical_or.reduce(list(reasons.values()))
+        # Read as x0, y0, x1, y1, do nearly all boxes fit their image, where as x, y, width, height many do not?
+        xyxy = np.concatenate([a.boxes[:, :2], a.boxes[:, 2:] - a.boxes[:, :2]], axis=1)
+        would_fit = (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1) & (xyxy[:, 2] <= width + 1) & (xyxy[:, 3] <= height + 1)
+    if len(beyond) and beyond.mean() > 0.1 and would_fit.mean() > 0.95:
+        tell(np.flatnonzero(beyond), "boxes leave their image, but would not if bbox were [x0, y0, x1, y1]", of_box,
+             "learns them as [x, y, width, height], cut at the image's edge: boxes that are too large",
+             "look at the picture; if so, write bbox as [x0, y0, x1 - x0, y1 - y0]")
+    else:
+        tell(np.flatnonzero(beyond), "boxes reach more than a pixel beyond their image", of_box, "learns the part inside",
+             "check that the image has the size it was annotated in; --fix cuts them")
+    tell(np.flatnonzero(a.crowd), "crowd boxes", of_box, "does not learn them; evaluation ignores detections in them",
+         "none needed")
+    counts = np.diff(dataset.boxes.first)
+    tell(np.flatnonzero(counts == 0), "images without a box to learn", of_image, "does not see them; evaluation does",
+         "none needed if they are empty")
+    per_class = np.bincount(dataset.boxes.labels, minlength=len(a.category_ids))
+    tell(np.flatnonzero(per_class == 0), "categories without a box to learn",
+         lambda c: f"{brief(a.category_names[c])} (category {a.category_ids[c]})", "never detects them",
+         "add boxes, or take them out")
+    names, first, several = np.unique(a.category_names, return_index=True, return_counts=True)
+    tell(first[several > 1], "category names stand for several categories", lambda c: brief(a.category_names[c]),
+         "takes them for different classes", "give each a name of its own, or merge them")
+    names, first, several = np.unique(a.file_names, return_index=True, return_counts=True)
+    tell(first[several > 1], "image files are listed under several ids", of_image,
+         "learns each entry as an image of its own, in which the boxes of the other are background", "merge the entries")
+    ids, several = np.unique(a.annotation_ids, return_counts=True)
+    tell(np.flatnonzero(np.isin(a.annotation_ids, ids[several > 1]) | (a.annotation_ids == -1)),
+         "annotations have no id, or one that another has", of_box, "does not need it; other COCO tools do",
+         "--fix numbers them anew")
+    return problems
+
+
+def check_images(dataset: CocoDataset) -> tuple[list[Problem], np.ndarray, list[bytes]]:
+    """Decode every image as training does. Returns problems, indices of images it would stop at, hash of each file."""
+    def check(i):
+        path, upright = dataset.image_path(i), True
+        try:
+            dataset.image(i)
+        except DataError as error:
+            return str(error), upright, b""
+        with suppress(Exception), Image.open(path) as picture:  # Pillow may refuse what torchvision decodes
+            if picture.size == tuple(dataset.annotations.sizes[i, ::-1].tolist()):
+                upright = picture.getexif().get(0x0112, 1) not in range(2, 9)
+        return None, upright, hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        errors, upright, hashes = zip(*threads.map(check, range(len(dataset))))
+    bad, problems = np.array([i for i, error in enumerate(errors) if error], dtype=np.int64), []
+    if len(bad):
+        problems.append(Problem("images cannot be used", len(bad), [errors[i] for i in bad[:3]], "stops where it meets the first",
+                                "see each; --images --fix leaves them out", stops=True))
+    if not all(upright):
+        examples = [dataset.image_path(i) for i in np.flatnonzero(~np.array(upright))[:3]]
+        problems.append(Problem("images have an EXIF note that turns them, but width and height of the pixels as stored",
+                                upright.count(False), examples, "takes the boxes as drawn on the pixels as stored, as COCO "
+                                "tools do", "look at the picture; if boxes are astray, save the files upright"))
+    return problems, bad, list(hashes)
+
+
+def compare_splits(train: CocoDataset, val: CocoDataset, train_hashes, val_hashes) -> list[Problem]:
+    """Problems between the two splits of a data set."""
+    problems = []
+    ours, theirs = (list(zip(d.annotations.category_ids, d.annotations.category_names)) for d in (train, val))
+    if ours != theirs:
+        differ = sorted(set(ours) ^ set(theirs)) or ours
+        examples = [f"{id} {brief(name)} is in {'train' if (id, name) in ours else 'val'} alone" for id, name in differ[:3]]
+        problems.append(Problem("categories differ between train and val", len(differ), examples, "evaluation stops after training",
+                                "give both files the same list of categories", stops=True))
+    seen = {digest: i for i, digest in enumerate(train_hashes) if digest}
+    shared = [(seen[digest], i) for i, digest in enumerate(val_hashes) if digest in seen]
+    if shared:
+        examples = [f"{train.image_path(i)} and {val.image_path(j)}" for i, j in shared[:3]]
+        problems.append(Problem("images of val are in train as well", len(shared), examples,
+                                "learns what it is evaluated on: its figures are too good", "take them out of one of the splits"))
+    return problems
+
+
+def describe_dropped(dataset: CocoDataset) -> str:
+    """What training begins with, in three lines: what it learns, what it leaves out or doubts, where to read more."""
+    a = dataset.annotations
+    lines = [f"{a.path}: {len(dataset.with_boxes())} of {len(dataset)} images, {len(dataset.boxes.labels)} of {len(a.labels)} "
+             f"boxes, {len(a.category_ids)} classes to learn"]
+    problems = find_problems(dataset)
+    if problems:
+        lines += ["left out or doubtful: " + "; ".join(f"{p.count} {p.what}" for p in problems),
+                  f"examples and remedies: python data.py {Path(a.path).parent.parent} --split {split_of(a.path)}"]
+    return "\n".join(lines)
+
+
+def count_locations(boxes: Boxes, sizes, after, radius) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many locations are positive for each box, and how many of them it keeps against smaller boxes.
+
+    The rules are those at the top of assign.py, applied to unflipped images of sizes (I, 2) resized to `after`. Returns
+    claimed (A,), kept (A,), and level (A,): the one that learns the box's centre, 0 for P3.
+    """
+    image = np.repeat(np.arange(len(sizes)), np.diff(boxes.first))                      # (A,)
+    box = boxes.boxes * np.tile((after / sizes)[:, ::-1], 2)[image]                      # (A, 4)
+    wh = box[:, 2:] - box[:, :2]
+    order = np.lexsort((wh.prod(axis=1), image))                                         # in an image, smallest first
+    claimed, kept = np.zeros((2, len(box)), dtype=np.int64)
+    edges = np.unique(np.searchsorted(boxes.first, np.arange(0, len(box), 50_000)))      # portions: memory stays small
+    for part in np.split(order, boxes.first[edges[1:]]):
+        for level in range(5):
+            stride, low, high = 8 << level, 32 << level if level else -1, 64 << level if level < 4 else 1e9
+            fits = part[(wh[part].max(axis=1) >= low) & (wh[part].max(axis=1) <= 2 * high)]
+            start, end = box[fits, :2], box[fits, 2:]                                     # (B, 2): x, y
+            middle, half = (start + end) / 2, (end - start) / 2
+            reach = half if radius is None else np.minimum(half, radius * stride)
+            # Cells whose centre (i + 0.5) * stride is strictly within reach of the middle, and max(l, r) <= high
+            first = np.maximum(np.floor((middle - reach) / stride - 0.5) + 1, np.ceil((end - high) / stride - 0.5)).astype(int)
+            last = np.minimum(np.ceil((middle + reach) / stride - 0.5) - 1, np.floor((start + high) / stride - 0.5)).astype(int)
+            cells = (last - first + 1).clip(0)                                            # (B, 2)
+            number = cells.prod(axis=1)                                                   # (B,); K in all
+            b = np.repeat(np.arange(len(fits)), number)                                   # (K,)
+            k = np.arange(len(b)) - np.repeat(number.cumsum() - number, number)
+            x, y = first[b, 0] + k % cells[b, 0], first[b, 1] + k // cells[b, 0]
+            centre = (np.stack([x, y], axis=1) + 0.5) * stride                            # (K, 2)
+            positive = (np.abs(centre - middle[b]) + half[b]).max(axis=1) >= low          # max(l, t, r, b)
+            b, x, y = b[positive], x[positive], y[positive]
+            claimed[fits] += np.bincount(b, minlength=len(fits))
+            _, winner = np.unique((image[fits[b]] << 32) + (y << 16) + x, return_index=True)  # the first, hence smallest
+            kept[fits] += np.bincount(b[winner], minlength=len(fits))
+    return claimed, kept, np.searchsorted([64, 128, 256, 512], wh.max(axis=1) / 2)
+
+
+def bars(title, names, counts, width=40) -> list[str]:
+    """A table with a bar for each row."""
+    space, total = max(map(len, names)), max(1, sum(counts))
+    return [f"\n  {title}"] + [f"    {name:<{space}} {count:9,d} {count / total:5.0%} {'#' * -(-width * count // max(1, *counts))}"
+                               for name, count in zip(names, counts)]
+
+
+def describe(dataset: CocoDataset, short_side, long_side, enlarge, radius) -> str:
+    """What is in a split, as half a page of text."""
+    a, boxes = dataset.annotations, dataset.boxes
+    lines = [f"{a.path}: {len(a.image_ids):,d} images, {len(a.labels):,d} boxes of {len(a.category_ids)} categories; "
+             f"to learn: {len(boxes.labels):,d} boxes in {len(dataset.with_boxes()):,d} images"]
+    edges = [0, 1, 2, 4, 8, 16, 32, 64, 128]
+    names = ["0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127", "128 and more"]
+    lines += bars("boxes in an image", names, np.histogram(np.diff(boxes.first), edges + [np.inf])[0].tolist())
+    per_class = np.bincount(boxes.labels, minlength=len(a.category_ids))
+    order = np.argsort(-per_class, kind="stable")
+    shown = order if len(order) <= 16 else np.concatenate([order[:10], order[-6:]])
+    lines += bars("boxes of a category" + (" (the 10 commonest and the 6 rarest)" if len(order) > 16 else ""),
+                  [brief(a.category_names[c])[1:-1] for c in shown], per_class[shown].tolist())
+    usable = np.logical_or.reduce([a.crowd, *faults(a).values()]) == 0
+    areas = np.digitize(a.areas[usable], [32**2, 96**2])
+    lines += bars("area, as COCO evaluates it", ["small  < 32 x 32", "medium < 96 x 96", "large"],
+                  np.bincount(areas, minlength=3).tolist())
+    wh = boxes.boxes[:, 2:] - boxes.boxes[:, :2]
+    lines += bars("width : height", ["< 1:3", "1:3 to 1:1.5", "1:1.5 to 1.5:1", "1.5:1 to 3:1", "> 3:1"],
+                  np.bincount(np.digitize(wh[:, 0] / wh[:, 1], [1 / 3, 1 / 1.5, 1.5, 3]), minlength=5).tolist())
+    after = np.array([resized(*size, short_side, long_side, enlarge) for size in a.sizes.tolist()])
+    claimed, kept, level = count_locations(boxes, a.sizes, after, radius)
+    lines += bars(f"level that learns the box's centre, images resized to {short_side} x {long_side} at most",
+                  [f"P{i + 3}, stride {8 << i:3d}" for i in range(5)], np.bincount(level, minlength=5).tolist())
+    none, covered = (claimed == 0).sum(), ((claimed > 0) & (kept == 0)).sum()
+    return "\n".join(lines) + f"""
+    No location learns {none:,d} boxes, too small or thin for every cell centre of the levels of their size, nor {covered:,d} more,
+    whose locations all go to smaller boxes. Of all claims of boxes to locations {1 - kept.sum() / max(1, claimed.sum()):.1%} are lost to
+    smaller boxes (ambiguous locations). Center radius {radius or 'none'}; images not flipped."""
+
+
+def draw_examples(dataset: CocoDataset, path, count=12, side=320):
+    """Write a picture of random images with their boxes to learn."""
+    tiles, a = [], dataset.annotations
+    for i in np.random.default_rng(0).permutation(len(dataset)):
+        try:
+            image = dataset.image(i)
+        except DataError:  # told elsewhere
+            continue
+        size, (first, last) = resized(*image.shape[1:], side, side), dataset.boxes.first[i:i + 2]
+        scale = torch.tensor(size) / torch.tensor(image.shape[1:])                            # (2,): height, width
+        image = transforms.resize(image, list(size), antialias=True)
+        if last > first:
+            box = torch.from_numpy(dataset.boxes.boxes[first:last]) * scale.flip(0).repeat(2)
+            labels = dataset.boxes.labels[first:last]
+            colours = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 1, 0.9)) for label in labels]
+            image = draw_bounding_boxes(image, box, [ascii(a.category_names[label])[1:-1] for label in labels], colors=colours)
+        tile = torch.full((3, side, side), 255, dtype=torch.uint8)
+        tile[:, :size[0], :size[1]] = image
+        tiles.append(tile)
+        if len(tiles) == count:
+            break
+    if tiles:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_png(make_grid(tiles, nrow=4, padding=6, pad_value=255), str(path))
+        print(f"  {len(tiles)} images with their boxes: {path}\n")
+
+
+def write_fixed(dataset: CocoDataset, out, without=()):
+    """Write a copy of a JSON file that has no entry left out in reading, no faulty box, none of the images `without`
+    (indices) and no box beyond its image; annotations are numbered from 1."""
+    a, out = dataset.annotations, Path(out)
+    if out.exists():
+        raise DataError(f"{out}: exists already and is not overwritten; name a new file for --fix")
+    with open(a.path, encoding="utf-8-sig") as file:
+        content = json.load(file)  # once more, with its polygons
+    image, clipped = a.image_of(), clip(a)
+    good = ~np.logical_or.reduce([np.isin(image, without), *faults(a).values()])
+    annotations = []
+    for k in np.flatnonzero(good)[np.argsort(a.rows[good])]:
+        entry, (x0, y0, x1, y1) = content["annotations"][a.rows[k]], clipped[k].tolist()
+        if (clipped[k] != a.boxes[k]).any():
+            entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+        entry |= {"id": len(annotations) + 1, "area": min(a.areas[k].item(), (x1 - x0) * (y1 - y0)), "iscrowd": int(a.crowd[k])}
+        annotations.append(entry)
+    before = {table: len(content[table]) for table in FIELDS}
+    for table, ids in (("images", np.delete(a.image_ids, without).tolist()), ("categories", a.category_ids)):
+        good = [e for e in content[table] if all(test(e.get(key)) for key, (test, *_) in FIELDS[table].items())]
+        entry_of = {entry["id"]: entry for entry in reversed(good)}  # the first of equal ones
+        content[table] = [entry_of[id] for id in ids]
+    content["annotations"] = annotations
+    unfinished = out.with_name(out.name + ".part")
+    try:
+        unfinished.write_text(json.dumps(content))
+        unfinished.replace(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); name another file for --fix") from None
+    print(f"{out}: written, with " + ", ".join(f"{len(content[table]):,d} of {n:,d} {table}" for table, n in before.items()) +
+          f"; {a.path} is as it was. To train with it, put it in its place")
 
 
 # --- the generated data set -------------------------------------------------------------------------------------------
@@ -347,7 +770,7 @@ def make_loader(dataset: CocoDataset, batch_sampler, num_workers: int, pin_memor
 SHAPES = ("rectangle", "ellipse", "triangle")
 
 
-def make_shapes(root, num_train=1000, num_val=200, size=128, seed=0):
+def make_shapes(root, num_train=1500, num_val=200, size=128, seed=0):
     """Write the `shapes` data set to `root` (once): JPEG files and COCO JSON, a pure function of the arguments."""
     root = Path(root)
     if (root / "annotations" / "instances_val.json").exists():
@@ -369,15 +792,6 @@ def make_shapes(root, num_train=1000, num_val=200, size=128, seed=0):
         unfinished = root / "annotations" / f"{split}.part"
         unfinished.write_text(json.dumps(content))
         unfinished.replace(root / "annotations" / f"instances_{split}.json")
-
-
-def open_split(name: str, run, kind: str, split: str | None = None) -> "CocoDataset":
-    """A split of the data set `name`: a COCO-format folder, or "shapes", which is generated in RUN/data on first use."""
-    if name == "shapes":
-        name = Path(run) / "data"
-        make_shapes(name)
-    json_file, folder = find_split(name, kind, split)
-    return CocoDataset(read_annotations(json_file), folder)
 
 
 def _draw_shapes(random, size):
@@ -424,5 +838,70 @@ def _draw_shapes(random, size):
     return picture, objects
 
 
+def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
+    """Read, describe and draw one split, and write its repaired copy."""
+    json_file, folder = find_split(args.dir, kind, args.split)
+    problems, hashes, bad = [], [], []
+    dataset = CocoDataset(read_annotations(json_file, problems), folder)
+    problems += find_problems(dataset)
+    bad = dataset.missing()
+    if args.images:
+        found, bad, hashes = check_images(dataset)
+        problems += found
+    print(describe(dataset, args.short_side, args.long_side, args.enlarge, args.center_radius) + "\n")
+    draw_examples(dataset, Path(args.out) / f"{split_of(json_file)}.png")
+    if args.fix:
+        write_fixed(dataset, args.fix, bad)
+    return dataset, hashes, problems
+
+
+def print_problems(problems: list[Problem]):
+    for p in sorted(problems, key=lambda p: not p.stops):
+        print(f"{'ERROR' if p.stops else 'NOTE'}: {p.count:,d} {p.what}", *(f"    {example}" for example in p.examples),
+              *["    ..."] * (p.count > len(p.examples)), f"  training: {p.then}", f"  remedy: {p.remedy}", "", sep="\n")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Check a COCO-format data set: what would training do with it?")
+    parser.add_argument("dir", help="folder with annotations/instances_<split>.json and the image folders")
+    parser.add_argument("--split", help="check this one alone (default: the train and the val split that training takes)")
+    parser.add_argument("--images", action="store_true", help="decode every image as training does, and compare files by content")
+    parser.add_argument("--fix", metavar="OUT.json", help="write a copy of the split's JSON without what cannot be used")
+    parser.add_argument("--out", default="runs/check", help="folder for pictures of annotated images (default: runs/check)")
+    parser.add_argument("--short-side", type=int, default=800, help="pixels after resizing (default: 800)")
+    parser.add_argument("--long-side", type=int, default=1333, help="pixels after resizing, at most (default: 1333)")
+    parser.add_argument("--enlarge", action=argparse.BooleanOptionalAction, default=True, help="small images too")
+    parser.add_argument("--center-radius", type=lambda text: None if text == "none" else float(text), default=1.5, metavar="X",
+                        help="center sampling radius in strides, or none (default: 1.5)")
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if args.fix and not args.split:
+        raise DataError("--fix repairs one file; name it with --split")
+    if min(args.short_side, args.long_side) < 1 or args.center_radius is not None and not args.center_radius > 0:
+        raise DataError("--short-side, --long-side and --center-radius must be > 0")
+    checked, problems = {}, []
+    for kind in ("train", "val") if args.split is None else ("split",):
+        try:
+            *checked[kind], found = check_split(args, kind)
+        except DataError as error:
+            found = [Problem("file cannot be used", 1, [str(error)], "stops, with this as the error", "see there", stops=True)]
+        print_problems(found)
+        problems += found
+    if len(checked) == 2:
+        (train, train_hashes), (val, val_hashes) = checked.values()
+        found = compare_splits(train, val, train_hashes, val_hashes)
+        print_problems(found)
+        problems += found
+    if not args.images:
+        print("Images were not opened; --images decodes them all.")
+    stops = sum(p.stops for p in problems)
+    print("Training cannot start." if stops else "Training can start; read the notes above." if problems else "Clean.")
+    return 2 if stops else 1 if problems else 0
+
+
 if __name__ == "__main__":
-    sys.exit(0)
+    try:
+        sys.exit(main())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -249,6 +249,7 @@ def draw(image, boxes, labels, scores, names, truth=None, side=320):
     if truth is not None and len(truth):
         image = draw_bounding_boxes(image, on_image(truth), colors="white", width=1)
     if len(boxes):
+        boxes, labels, scores = boxes[::-1].copy(), labels[::-1], scores[::-1]  # the best on top
         colours = [COLOURS[label % len(COLOURS)] for label in labels]
         text = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)]
         image = draw_bounding_boxes(image, on_image(boxes), text, colors=colours, width=2, fill_labels=True,
@@ -256,13 +257,18 @@ def draw(image, boxes, labels, scores, names, truth=None, side=320):
     return image
 
 
-def draw_grid(path, dataset: CocoDataset, results: Results, names, count=12, columns=4, score=0.3, side=320):
+def confident(config: ModelConfig) -> float:
+    """The score from which a detection is drawn: 0.3 for class * centerness."""
+    return 0.3 ** 0.5 if config.sqrt_score else 0.3
+
+
+def draw_grid(path, dataset: CocoDataset, results: Results, names, score, count=12, columns=4, side=320):
     """Write a grid of images, spread evenly over the data set, with detections above `score` and ground truth."""
     tiles = []
     for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int):
         mine = (results.image_ids == dataset.annotations.image_ids[i]) & (results.scores >= score)
         first, last = dataset.boxes.first[i:i + 2]
-        picture = draw(data.load_image(dataset.image_path(i)), results.boxes[mine], results.labels[mine].tolist(),
+        picture = draw(dataset.image(i), results.boxes[mine], results.labels[mine].tolist(),
                        results.scores[mine].tolist(), names, truth=dataset.boxes.boxes[first:last], side=side)
         tile = torch.full((3, side, side), 255, dtype=torch.uint8)
         tile[:, :picture.shape[1], :picture.shape[2]] = picture
@@ -290,12 +296,12 @@ def evaluate(model: FCOS, dataset: CocoDataset, categories: dict, out, device, *
     (out / "eval").mkdir(parents=True, exist_ok=True)
     (out / "eval" / "results.json").write_text(json.dumps(coco_results(results, categories["ids"])))
     (out / "eval" / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    draw_grid(out / "detections.png", dataset, results, categories["names"])
+    draw_grid(out / "detections.png", dataset, results, categories["names"], confident(model.config))
     print(f"pictures in {out / 'detections.png'}, figures and boxes in {out / 'eval'}", flush=True)
     return metrics
 
 
-def predict(model: FCOS, paths: list[Path], names: list[str], out, device, precision="auto", score=0.3) -> list[dict]:
+def predict(model: FCOS, paths: list[Path], names: list[str], out, device, precision="auto") -> list[dict]:
     """Detect objects in image files; writes a picture of each to `out`, and all boxes to `out`/detections.json."""
     config = model.config
     bf16 = precision == "bf16" or precision == "auto" and bf16_is_fast(device)
@@ -314,7 +320,7 @@ def predict(model: FCOS, paths: list[Path], names: list[str], out, device, preci
         with torch.inference_mode():
             (d,) = detect(model(canvas.to(device), sizes), locations, sizes, config)
         boxes = (d.boxes.cpu() * torch.tensor([image.shape[2] / size[1], image.shape[1] / size[0]]).repeat(2)).numpy()
-        keep = d.scores.cpu().numpy() >= score
+        keep = d.scores.cpu().numpy() >= confident(config)
         boxes, scores, labels = boxes[keep], d.scores.cpu().numpy()[keep], d.labels.cpu().numpy()[keep]
         found.append({"file": str(path), "width": image.shape[2], "height": image.shape[1], "detections": [
             {"bbox": [round(x, 2) for x in box], "score": round(s, 5), "category": names[label]}
@@ -373,5 +379,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, ConfigError) as error:
+    except (DataError, ConfigError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -58,8 +58,8 @@ class TrainConfig:
     box_loss: str = option("iou", "loss of a box", BOX_LOSSES)
     # how long, how fast
     batch_size: int = option(16, "images of one step, over all processes")
-    steps: int = option(90_000, "optimizer steps")
-    epochs: float = option(0.0, "passes over the data; if > 0, sets steps")
+    steps: int = option(90_000, "optimizer steps, at most")
+    epochs: float = option(0.0, "passes over the data, at most; 0: any number")
     optimizer: str = option("sgd", "sgd, with momentum 0.9, or adamw", ("sgd", "adamw"))
     lr: float = option(0.01, "learning rate of weights; biases learn at twice this rate")
     weight_decay: float = option(1e-4, "of weights; biases have none")
@@ -97,9 +97,9 @@ PRESETS = {
     # Small enough for two CPU cores. It learns from random weights, hence GroupNorm, nothing frozen, and AdamW.
     "demo": TrainConfig(
         model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
-                          short_side=240, long_side=320, enlarge=False, **improved),
-        data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=8, epochs=15, optimizer="adamw", lr=1e-3, weight_decay=0.05,
-        warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(240, 240), num_workers=0),
+                          short_side=280, long_side=440, enlarge=False, **improved),
+        data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
+        lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), num_workers=0),
     "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
     "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
     "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),
@@ -181,9 +181,12 @@ class Progress:
 
     def __init__(self, run: Path, config: TrainConfig, first_step: int):
         self.path, self.config = run / "metrics.jsonl", config
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= first_step]  # what a killed run did in vain
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        if self.path.exists():  # leave out what a killed run did after its last checkpoint, and a line it had not finished
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+            unfinished = self.path.with_suffix(".part")
+            unfinished.write_text("".join(f"{line}\n" for line in kept))
+            unfinished.replace(self.path)
         self.start = self.last = time.time()
         self.first_step = self.last_step = first_step
         self.data_wait = 0.0
@@ -226,12 +229,10 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
     if len(images) == 0:
         raise DataError(f"{annotations.path}: no image has a box that can be learned")
-    say(f"{annotations.path}: {len(images)} images with {len(dataset.boxes.labels)} boxes of {len(categories['ids'])} classes to learn; "
-        f"not used: {len(dataset) - len(images)} images without boxes" +
-        "".join(f", {count} {reason}" for reason, count in dataset.dropped.items()))
+    say(data.describe_dropped(dataset))
     config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
     if config.epochs > 0:
-        config = replace(config, steps=max(1, round(config.epochs * len(images) / config.batch_size)), epochs=0.0)
+        config = replace(config, steps=max(1, min(config.steps, round(config.epochs * len(images) / config.batch_size))))
     share = config.batch_size // world
     accumulate = config.accumulate or min((a for a in range(1, share + 1) if share % a == 0 and
                                            share // a <= (config.images_per_gpu or share)), default=1)
@@ -276,18 +277,20 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
                                           gradient_as_bucket_view=True)
         network.register_comm_hook(None, add_up)
 
+    hash_of_data = data_hash(dataset)
+
     def checkpoint_of(step):
         return {"format": CHECKPOINT_FORMAT, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "random_state": torch.get_rng_state(), "config": dataclasses.asdict(config), "categories": categories,
-                "data_hash": data_hash(dataset)}
+                "data_hash": hash_of_data}
 
     if rank == 0 and not resume:
         save_checkpoint(run, checkpoint_of(0))  # from here on, the folder is this run's and --resume goes on with it
 
     # the loop
     stop_signal = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop_signal.append(number))
+    default_handlers = {number: signal.signal(number, lambda number, frame: stop_signal.append(number))
+                        for number in (signal.SIGTERM, signal.SIGINT)}
     loader = data.make_loader(dataset, data.Shard(sampler, range(first_step, config.steps), accumulate, rank, world),
                               config.num_workers, pin_memory=device.type == "cuda")
     batches = iter(loader)
@@ -315,12 +318,17 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         losses_of_step = torch.zeros(3, device=device)
         for i, (part, target) in enumerate(zip(parts, targets)):
             last_part = i + 1 == accumulate
-            with nullcontext() if world == 1 or last_part else network.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    outputs = network(part.images, part.sizes)
-                losses = fcos_loss(outputs, target, config.box_loss, Totals(*over),
-                                   stride=locations.stride if config.model.box_unit == "stride" else None)
-                sum(losses.values()).backward()
+            try:
+                with nullcontext() if world == 1 or last_part else network.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        outputs = network(part.images, part.sizes)
+                    losses = fcos_loss(outputs, target, config.box_loss, Totals(*over),
+                                       stride=locations.stride if config.model.box_unit == "stride" else None)
+                    sum(losses.values()).backward()
+            except torch.OutOfMemoryError:
+                n, _, height, width = part.images.shape
+                raise DataError(f"step {step} does not fit into the memory of {device}: {n} images on {width} x {height} pixels, with up to "
+                                f"{max(map(len, part.boxes))} boxes; set --images-per-gpu below {n}, or lower --train-short-sides") from None
             losses_of_step += torch.stack([*losses.values()]).detach()
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -352,6 +360,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         if stop and done < config.steps:
             say(f"\nstopped by a signal after step {done}; go on with: make resume RUN={run}")
             sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
+    for number, default in default_handlers.items():
+        signal.signal(number, default)
     return model, categories
 
 
@@ -461,4 +471,4 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, ConfigError, OSError) as error:
-        sys.exit(f"error: {str(error).rpartition('DataError: ')[2].strip()}")  # from a worker, it comes with a traceback
+        sys.exit(f"error: {error}")
