@@ -808,7 +808,7 @@ def _draw_shapes(random, size):
     objects, boxes = [], np.zeros((0, 4))
     for _ in range(int(random.integers(1, 8, endpoint=True))):
         for _ in range(20):  # find a place that leaves the shapes below recognisable
-            w, h = np.exp(random.uniform(np.log(12), np.log(0.75 * size))) * np.exp(random.uniform(-0.5, 0.5, 2) * [1, -1])
+            w, h = np.exp(random.uniform(np.log(18), np.log(0.75 * size))) * np.exp(random.uniform(-0.5, 0.5, 2) * [1, -1])
             w, h = round(min(w, width - 2)), round(min(h, height - 2))
             x0, y0 = int(random.integers(0, width - w)), int(random.integers(0, height - h))
             x1, y1 = x0 + w, y0 + h
