@@ -419,8 +419,10 @@ def test_detections_equal_torchvision_s(theirs, converted, source, most, monkeyp
         for ours, other in zip(detect(outputs, locations, sizes, config), expected):
             assert len(ours.boxes) == len(other["boxes"]) >= 100
             torch.testing.assert_close(ours.scores, other["scores"], rtol=0, atol=1e-5)
-            assert torch.equal(ours.labels, other["labels"])
-            torch.testing.assert_close(ours.boxes, other["boxes"], rtol=0, atol=0.01)
+            # Two scores that differ by rounding alone may stand in either order, so each detection looks for its like.
+            same = (ours.labels[:, None] == other["labels"]) & ((ours.scores[:, None] - other["scores"]).abs() < 1e-5) & \
+                   ((ours.boxes[:, None] - other["boxes"]).abs().amax(-1) < 0.01)
+            assert same.any(0).all() and same.any(1).all()
 
 
 def test_keeping_the_80_named_classes_keeps_their_logits_and_gives_them_coco_s_ids(theirs, converted):
