@@ -102,7 +102,7 @@ def test_both_ends_of_a_size_range_are_included():
 
 
 def test_size_is_judged_on_the_whole_box_not_on_the_sampled_centre():
-    box = [[0, 0, 400, 400]]
+    box = [[100, 100, 400, 400]]  # around its centre, 150 to 246 pixels to the farthest side
     locations, labels, _ = assign(box, height=512, width=512, strides=STRIDES, radius=1.5)
     assert set(locations.stride[labels >= 0].tolist()) == {32}
 

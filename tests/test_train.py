@@ -304,7 +304,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
 @pytest.mark.parametrize("options, sentence", [
     (["fcos_R_50_FPN_1x"], "no data set; name a COCO-format folder with DATA="),
     (["demo", "--data", "nowhere"], "nowhere/annotations: no such folder"),
-    (["demo", "--resume"], "no checkpoint-"),
+    (["demo", "--resume"], "run: no such run folder or checkpoint"),
     (["demo", "--init-from", "nothing.pt"], "nothing.pt: no such run folder or checkpoint"),
     (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
     (["demo", "--box-loss", "diou"], "invalid choice: 'diou'"),
