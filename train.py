@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -196,10 +197,11 @@ class Progress:
         steps, seconds = step - self.last_step, now - self.last
         images_per_second = steps * self.config.batch_size / seconds
         left = (now - self.start) / (step - self.first_step) * (self.config.steps - step)
-        memory = f" | {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB" if device.type == "cuda" else ""
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes, on Linux
         terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
         text = (f"step {step}/{self.config.steps} | loss {sum(losses.values()):.4f} {terms} | lr {lr:.5f} | "
-                f"{images_per_second:.1f} images/s, waiting for data {self.data_wait / seconds:.0%}{memory} | "
+                f"{images_per_second:.1f} images/s, waiting for data {self.data_wait / seconds:.0%} | {peak / 2**30:.1f} GB | "
                 f"{left // 60:.0f} min {left % 60:02.0f} s left")
         print(f"\r{text}\x1b[K" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and step < self.config.steps else "\n",
               flush=True)
@@ -462,7 +464,10 @@ def main():
     model, categories = train(config, run, device, resume, args.init_from)
     if not args.skip_eval:
         validation = data.open_split(config.data, run, "val", config.val_split)
-        evaluate.evaluate(model, validation, categories, run, device, precision=config.precision)
+        metrics = evaluate.evaluate(model, validation, categories, run, device, precision=config.precision)
+        if metrics:  # on rank 0
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": config.steps} | metrics["figures"]) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -144,12 +144,7 @@ def test_a_class_that_is_missed_and_a_size_that_is_absent_are_explained(shapes):
 
 
 def test_boxes_come_back_in_pixels_of_the_original_image(shapes):
-    # A network that sees every object where it is must score 1, whatever the resizing in between.
     dataset = open_val(shapes)
-
-    class Oracle(FCOS):
-        pass
-
     found = []
     for request in sum(data.evaluation_batches(dataset.annotations.sizes, 4, 100, 160, True), []):
         batch = dataset.__getitems__([request])

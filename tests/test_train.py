@@ -208,6 +208,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(datase
     assert all(value.isfinite().all() for value in weights_of(tmp_path).values())
 
 
+def test_training_ends_with_the_evaluation_and_both_are_in_metrics_jsonl(dataset, tmp_path):
+    options = [option for option in TINY if option != "--skip-eval"]
+    output = run_to_end(*options, "--data", dataset, "--run-dir", tmp_path, "--steps", 2, "--warmup-steps", 1)
+    *steps, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2] and last["step"] == 2 and 0 <= last["AP50"] <= 1
+    assert re.search(r"waiting for data \d+% \| \d+\.\d GB \|", output) and (tmp_path / "detections.png").exists()
+
+
 def test_a_finished_run_says_so_and_another_never_overwrites_it(dataset, uninterrupted):
     assert "finished at step 30, nothing left to train" in run_to_end("--resume", "--run-dir", uninterrupted, "--skip-eval")
     code, output = finish(start(*TINY, "--data", dataset, "--run-dir", uninterrupted))
