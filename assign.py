@@ -62,13 +62,13 @@ def make_locations(height, width, strides=STRIDES, offset=0.5, device=None) -> L
     xy, stride, size_range = [], [], []
     lowest = -1.0
     for level in levels:
-        y = (torch.arange(level.height, device=device) + offset) * level.stride  # (H,)
-        x = (torch.arange(level.width, device=device) + offset) * level.stride   # (W,)
+        y = (torch.arange(level.height, device=device, dtype=torch.float32) + offset) * level.stride  # (H,)
+        x = (torch.arange(level.width, device=device, dtype=torch.float32) + offset) * level.stride   # (W,)
         y, x = torch.meshgrid(y, x, indexing="ij")                               # (H, W)
         highest = math.inf if level is levels[-1] else float(CELLS_IN_RANGE * level.stride)
         xy.append(torch.stack([x, y], dim=-1).view(-1, 2))                       # (H*W, 2)
         stride.append(torch.full((y.numel(),), float(level.stride), device=device))
-        size_range.append(torch.tensor([lowest, highest], device=device).expand(y.numel(), 2))
+        size_range.append(torch.stack([torch.full_like(x, lowest), torch.full_like(x, highest)], dim=-1).view(-1, 2))
         lowest = highest
     return Locations(torch.cat(xy), torch.cat(stride), torch.cat(size_range), levels)
 
@@ -85,7 +85,7 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
     No step waits for the device and no tensor grows with L * G.
     """
     N, L, device = len(boxes), len(locations.xy), locations.xy.device
-    counts = torch.tensor([len(b) for b in boxes], device=device)
+    counts = torch.tensor([len(b) for b in boxes]).to(device, non_blocking=True)
     box = torch.cat(boxes).to(device, torch.float32)                             # (B, 4)
     label = torch.cat(labels).to(device)                                         # (B,)
     B = len(box)

@@ -79,8 +79,7 @@ def totals(targets: Targets) -> Totals:
     """The share of these images in the denominators of the losses."""
     positive = targets.labels >= 0                                              # (N, L)
     weight = torch.where(positive, centerness_target(targets.ltrb), 0.0)        # (N, L)
-    num_images = weight.new_tensor(len(weight))
-    return Totals(positive.sum().float(), num_images, weight.sum())
+    return Totals(positive.sum().float(), weight.new_full((), len(weight)), weight.sum())
 
 
 def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None = None, stride: Tensor | None = None,
