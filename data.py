@@ -310,9 +310,12 @@ def resized(height, width, short_side, long_side, enlarge=True) -> tuple[int, in
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def requests(indices, flips, sizes, multiple) -> list[Request]:
-    """Requests of one batch, on a canvas that holds them all."""
-    canvas = tuple(-(-max(side) // multiple) * multiple for side in zip(*sizes))
+def requests(indices, flips, sizes, sides=()) -> list[Request]:
+    """Requests of one batch, on a canvas that holds them all: its sides are of `sides`, else multiples of 32."""
+    def padded(pixels):
+        return next((side for side in sides if side >= pixels), -(-pixels // CANVAS_MULTIPLE) * CANVAS_MULTIPLE)
+
+    canvas = tuple(padded(max(side)) for side in zip(*sizes))
     return [Request(int(i), bool(flip), size, canvas) for i, flip, size in zip(indices, flips, sizes)]
 
 
@@ -324,11 +327,13 @@ class TrainSampler:
     """
 
     def __init__(self, sizes, images, batch_size, seed, short_sides=(800, 800), long_side=1333, enlarge=True,
-                 flip=0.5, multiple=CANVAS_MULTIPLE):
-        """`sizes` (I, 2): heights and widths; `images`: the indices to train on; `short_sides`: range, both included."""
+                 flip=0.5, canvas_sides=0):
+        """`sizes` (I, 2): heights and widths; `images`: the indices to train on; `short_sides`: range, both included;
+        `canvas_sides`: how many lengths a side of the canvas may have, 0: any multiple of 32."""
         self.sizes, self.images, self.batch_size, self.seed = sizes, np.asarray(images), batch_size, seed
         self.short_sides, self.long_side, self.enlarge, self.flip = short_sides, long_side, enlarge, flip
-        self.multiple = multiple
+        steps = np.linspace(short_sides[1], max(short_sides[1], long_side), canvas_sides)
+        self.sides = sorted({-(-int(side) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in steps})
         self.batches_per_epoch = -(-len(self.images) // batch_size)
         self._epoch = (-1, None)
 
@@ -343,7 +348,7 @@ class TrainSampler:
         short_sides = random.integers(self.short_sides[0], self.short_sides[1], self.batch_size, endpoint=True)
         sizes = [resized(*self.sizes[i].tolist(), int(short), self.long_side, self.enlarge)
                  for i, short in zip(indices, short_sides)]
-        return requests(indices, flips, sizes, self.multiple)
+        return requests(indices, flips, sizes, self.sides)
 
     def _shuffled(self, epoch):
         random = np.random.default_rng((self.seed, 0, epoch))
@@ -376,7 +381,7 @@ def evaluation_batches(sizes, batch_size, short_side, long_side, enlarge) -> lis
     """Every image once, images of like shape together. Depends on nothing but the data set, so that processes can share it out."""
     after = [resized(*size, short_side, long_side, enlarge) for size in sizes.tolist()]
     order = sorted(range(len(after)), key=lambda i: (after[i], i))
-    return [requests(chunk, [False] * len(chunk), [after[i] for i in chunk], CANVAS_MULTIPLE)
+    return [requests(chunk, [False] * len(chunk), [after[i] for i in chunk])
             for chunk in (order[i:i + batch_size] for i in range(0, len(order), batch_size))]
 
 
@@ -427,15 +432,12 @@ class CocoDataset(Dataset):
         for n, request in enumerate(batch):
             h, w = request.size
             image = self.image(request.index)                                       # (3, h0, w0)
+            place(image, request, images[n])
             scale = torch.tensor([w / image.shape[2], h / image.shape[1]]).repeat(2)
-            if image.shape[1:] != request.size:
-                image = transforms.resize(image, [h, w], antialias=True)
             first, last = self.boxes.first[request.index:request.index + 2]
             box = torch.from_numpy(self.boxes.boxes[first:last]) * scale             # (G, 4)
             if request.flip:
-                image = image.flip(2)
                 box = torch.stack([w - box[:, 2], box[:, 1], w - box[:, 0], box[:, 3]], dim=1)
-            images[n, :, :h, :w] = image
             boxes.append(box)
             labels.append(torch.from_numpy(self.boxes.labels[first:last]))
         return Batch(images, torch.tensor([r.size for r in batch]), boxes, labels, torch.tensor([r.index for r in batch]))
@@ -450,6 +452,14 @@ class CocoDataset(Dataset):
             raise DataError(f"{path} (image {self.annotations.image_ids[index]}): is {image.shape[2]} x {image.shape[1]} pixels, "
                             f"but {self.annotations.path} says {size[1]} x {size[0]}; correct width and height there, or the file")
         return image
+
+
+def place(image: Tensor, request: Request, canvas: Tensor):
+    """Resize an image (3, h0, w0), flip it if so requested, and put it on the canvas (3, H, W); all uint8."""
+    h, w = request.size
+    if image.shape[1:] != request.size:
+        image = transforms.resize(image, [h, w], antialias=True)
+    canvas[:, :h, :w] = image.flip(2) if request.flip else image
 
 
 def load_image(path, apply_exif_orientation=False) -> Tensor:

@@ -3,6 +3,7 @@
     python evaluate.py RUN                            COCO figures on the validation split that RUN trained with
     python evaluate.py CHECKPOINT.pt --data DIR       the same, of one file, on other data with the same categories
     python evaluate.py RUN --images a.jpg folder/     detections on pictures of one's own
+    python evaluate.py RUN --tta                      with test-time augmentation: several sizes, mirrored or not, merged
     python evaluate.py torchvision --data DIR         torchvision's published FCOS, through this code
     torchrun --nproc-per-node 8 evaluate.py RUN       shared out over GPUs: every image once, the same figures
 
@@ -15,6 +16,7 @@ Letters: K detections or boxes.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -25,20 +27,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 from torchvision.io import write_png
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 import data
-from assign import make_locations
 from data import Annotations, CocoDataset, DataError
-from model import CHECKPOINT_FORMAT, FCOS, ConfigError, ModelConfig, detect, inference_copy, published_checkpoint
+from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detections, Detector, ModelConfig, cut, published_checkpoint,
+                   suppress)
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
            "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large")  # the order of COCOeval.stats
+TTA_SCALES = tuple(n / 8 for n in range(4, 13))  # of the usual size: short sides of 400, 500, .. 1200 for one of 800
 
 
 class Results(NamedTuple):
@@ -95,43 +100,65 @@ def join_process_group(device: torch.device):
 
 # --- detection over a data set ----------------------------------------------------------------------------------------
 
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16 (without instructions for it, a CPU is slower than in float32)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-@torch.inference_mode()
-def detect_all(model: FCOS, dataset: CocoDataset, device, batch_size=8, num_workers=0, precision="auto") -> Results | None:
+def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_workers=0, tta=False) -> Results | None:
     """Detections in every image of a data set; in a process group shared out, and returned to rank 0 alone."""
-    config = model.config
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    bf16 = precision == "bf16" or precision == "auto" and bf16_is_fast(device)
-    model = inference_copy(model, torch.bfloat16 if bf16 else torch.float32).to(device)
-    sizes = dataset.annotations.sizes
-    batches = data.evaluation_batches(sizes, batch_size, config.short_side, config.long_side, config.enlarge)[rank::world]
-    loader = data.make_loader(dataset, batches, num_workers, pin_memory=device.type == "cuda")
-    found, start = [], time.time()
-    for i, batch in enumerate(loader):
-        on_device = batch.to(device)
-        locations = make_locations(*batch.images.shape[2:], offset=config.location_offset, device=device)
-        detections = detect(model(on_device.images, on_device.sizes), locations, on_device.sizes, config)
-        for index, size, d in zip(batch.indices.tolist(), batch.sizes, detections):
-            scale = torch.from_numpy(sizes[index]) / size                       # (2,): height, width
-            boxes = d.boxes.cpu() * scale.flip(0).repeat(2).float()
-            found.append(Results(np.full(len(boxes), dataset.annotations.image_ids[index]), boxes.numpy(),
-                                 d.scores.cpu().numpy(), d.labels.cpu().numpy()))
+    config, sizes, image_ids = detector.config, dataset.annotations.sizes, dataset.annotations.image_ids
+
+    def one_by_one():
+        for index in range(rank, len(dataset), world):
+            yield [(index, detect_in_image(detector, dataset.image(index), tta))]
+
+    def in_batches():
+        for batch in data.make_loader(dataset, batches[rank::world], num_workers, pin_memory=detector.device.type == "cuda"):
+            found = detector(batch.images, batch.sizes)
+            yield [(index, d._replace(boxes=d.boxes * ratio(sizes[index], size)))
+                   for index, size, d in zip(batch.indices.tolist(), batch.sizes.tolist(), found)]
+
+    batches = data.evaluation_batches(sizes, batch_size, config.short_side, config.long_side, config.enlarge)
+    found, done, start = [], 0, time.time()
+    for several in one_by_one() if tta else in_batches():
+        found += [Results(np.full(len(d.scores), image_ids[index]), *(x.numpy() for x in d)) for index, d in several]
+        done += len(several)
         if rank == 0:
-            show_progress(f"evaluating: {i + 1} of {len(batches)} batches", i + 1 == len(batches), start)
-    results = Results(*(np.concatenate(part) for part in zip(*found))) if found else \
-        Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+            share = len(range(0, len(dataset), world))
+            show_progress(f"evaluating: {done} of {share} images" + " of this process" * (world > 1), done >= share, start)
+    nothing = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    results = Results(*(np.concatenate(part) for part in zip(nothing, *found)))
     if world == 1:
         return results
     gathered = [None] * world if rank == 0 else None
     dist.gather_object(results, gathered)
     return Results(*(np.concatenate(part) for part in zip(*gathered))) if rank == 0 else None
+
+
+def detect_in_image(detector: Detector, image: Tensor, tta=False) -> Detections:
+    """The objects in an image (3, h, w) uint8, in its pixels.
+
+    With test-time augmentation, the candidates of all sizes, mirrored or not, go through one NMS together.
+    """
+    config, (h0, w0) = detector.config, image.shape[1:]
+    sizes = [data.resized(h0, w0, config.short_side * scale, config.long_side * scale, config.enlarge)
+             for scale in (TTA_SCALES if tta else (1,))]
+    found = []
+    for size in dict.fromkeys(sizes):
+        for flip in (False, True) if tta else (False,):
+            (request,) = data.requests([0], [flip], [size])
+            canvas = torch.zeros(1, 3, *request.canvas, dtype=torch.uint8)
+            data.place(image, request, canvas[0])
+            boxes, scores, labels = detector.candidates(canvas, torch.tensor([size]))       # (1, K, 4), (1, K), (1, K)
+            if flip:
+                x0, y0, x1, y1 = boxes.unbind(-1)
+                boxes = torch.stack([size[1] - x1, y0, size[1] - x0, y1], dim=-1)
+            found.append((boxes * ratio((h0, w0), size).to(boxes.device), scores, labels))
+    merged = suppress(*(torch.cat(part, dim=1) for part in zip(*found)), config)
+    (detections,) = cut(*(x.cpu() for x in merged))
+    return detections
+
+
+def ratio(size, before) -> Tensor:
+    """What takes boxes in an image resized to `before` to boxes in one of `size` (both height, width): (4,)."""
+    return torch.tensor([size[1] / before[1], size[0] / before[0]]).repeat(2)
 
 
 def show_progress(text, last, start):
@@ -145,15 +172,14 @@ def show_progress(text, last, start):
 
 # --- COCO figures -----------------------------------------------------------------------------------------------------
 
-def coco_metrics(annotations: Annotations, results: Results) -> dict:
-    """The 12 COCO figures, and AP, AP50 and counts of each class. -1 stands where there is no ground truth."""
+def coco_evaluation(annotations: Annotations, results: Results) -> COCOeval:
+    """pycocotools' verdict on detections. Annotations are numbered from 1 here: an id of 0 would never match."""
     a = annotations
     images = [{"id": i} for i in a.image_ids.tolist()]
     categories = [{"id": i} for i in a.category_ids]
     category_ids = np.array(a.category_ids)
 
     def index(image_ids, labels, boxes, areas, **more):
-        """A pycocotools index. Annotations are numbered from 1 here: an id of 0 would never match."""
         rows = zip(image_ids.tolist(), category_ids[labels].tolist(), to_xywh(boxes).tolist(), areas.tolist(),
                    *(column.tolist() for column in more.values()))
         coco = COCO()
@@ -171,8 +197,13 @@ def coco_metrics(annotations: Annotations, results: Results) -> dict:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def coco_metrics(evaluation: COCOeval, annotations: Annotations, results: Results) -> dict:
+    """The 12 COCO figures, and AP, AP50 and counts of each class. -1 stands where there is no ground truth."""
+    a, classes = annotations, []
     precision = evaluation.eval["precision"][..., 0, -1]  # (10 thresholds, 101 recalls, C); all areas, 100 detections
-    classes = []
     for label, name in enumerate(a.category_names):
         of_class = precision[:, :, label]
         classes.append({"name": name, "AP": _mean(of_class), "AP50": _mean(of_class[0]),
@@ -261,75 +292,168 @@ def confident(config: ModelConfig) -> float:
     return 0.3 ** 0.5 if config.sqrt_score else 0.3
 
 
-def draw_grid(path, dataset: CocoDataset, results: Results, names, score, count=12, columns=4, side=320):
-    """Write a grid of images, spread evenly over the data set, with detections above `score` and ground truth."""
-    tiles = []
-    for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int):
+def draw_grid(path, dataset: CocoDataset, results: Results, names, score, indices, captions=None, columns=4, side=320):
+    """Write a grid of images with their detections above `score`, their true boxes (white), and a caption each."""
+    tiles, font = [], ImageFont.load_default(15)
+    for n, i in enumerate(indices):
         mine = (results.image_ids == dataset.annotations.image_ids[i]) & (results.scores >= score)
         first, last = dataset.boxes.first[i:i + 2]
         picture = draw(dataset.image(i), results.boxes[mine], results.labels[mine].tolist(),
                        results.scores[mine].tolist(), names, truth=dataset.boxes.boxes[first:last], side=side)
-        tile = torch.full((3, side, side), 255, dtype=torch.uint8)
-        tile[:, :picture.shape[1], :picture.shape[2]] = picture
-        tiles.append(tile)
+        tile = Image.new("RGB", (side, side + 22 * bool(captions)), "white")
+        tile.paste(transforms.to_pil_image(picture))
+        if captions:
+            ImageDraw.Draw(tile).text((2, picture.shape[1] + 2), captions[n], fill="black", font=font)
+        tiles.append(transforms.pil_to_tensor(tile))
     write_png(make_grid(tiles, nrow=columns, padding=6, pad_value=255), str(path))
+
+
+def draw_verdicts(out: Path, evaluation: COCOeval, dataset: CocoDataset, results: Results, names, score, count=8):
+    """Write best.png, worst.png and wrong.png: the images that went best, worst, and with the most confident error.
+
+    A detection scored `score` or more is right if it overlaps an object of its class by an IoU of 0.5 (pycocotools'
+    matching). Best and worst go by F1 = 2 right / (2 right + wrong + missed).
+    """
+    place = {image_id: i for i, image_id in enumerate(dataset.annotations.image_ids.tolist())}
+    right, wrong, missed, top = np.zeros((4, len(place)))               # (I,); top: highest score of a wrong one
+    for e in evaluation.evalImgs:                                       # of one class in one image
+        if e is None or e["aRng"] != evaluation.params.areaRng[0]:      # the first is: all areas
+            continue
+        i, scores, matched = place[e["image_id"]], np.array(e["dtScores"]), e["dtMatches"][0] > 0       # at IoU 0.5
+        judged = ~e["dtIgnore"][0].astype(bool) & (scores >= score)
+        hits = (judged & matched).sum()
+        right[i] += hits
+        missed[i] += (np.array(e["gtIgnore"]) == 0).sum() - hits
+        wrong[i] += (judged & ~matched).sum()
+        top[i] = max([top[i], *scores[judged & ~matched]])
+    f1 = 2 * right / np.maximum(1, 2 * right + wrong + missed)
+    eventful = np.flatnonzero(right + wrong + missed)                   # an empty image without detections is neither
+    for name, order in (("best", np.lexsort((-right, -f1))), ("worst", np.lexsort((-wrong - missed, f1))), ("wrong", np.argsort(-top))):
+        chosen = [i for i in order[np.isin(order, eventful)] if name != "wrong" or top[i] > 0][:count]
+        if chosen:
+            captions = [f"{right[i]:.0f} right, {wrong[i]:.0f} wrong, {missed[i]:.0f} missed" +
+                        f"; wrong at {top[i]:.2f}" * (name == "wrong") for i in chosen]
+            draw_grid(out / f"{name}.png", dataset, results, names, score, chosen, captions)
+
+
+def draw_precision_recall(path, evaluation: COCOeval, metrics: dict):
+    """Write a picture of precision against recall: the mean over classes at several IoUs, and each class at 0.5."""
+    precision = evaluation.eval["precision"][..., 0, -1]                # (10 thresholds, 101 recalls, C)
+    recall, known = evaluation.params.recThrs, (precision > -1).all(axis=(0, 1))
+    if not known.any():
+        return
+    by_iou = {f"IoU {evaluation.params.iouThrs[t]:.2f}": (recall, precision[t][:, known].mean(axis=1)) for t in (0, 2, 4, 6, 8)}
+    classes = sorted((c for c in zip(metrics["classes"], precision[0].T) if c[0]["AP"] > -1), key=lambda c: -c[0]["AP50"])
+    shown = classes if len(classes) <= 10 else classes[:5] + classes[-5:]
+    by_class = {f"{c['name'][:14]} {c['AP50']:.2f}": (recall, of_class) for c, of_class in shown}
+    draw_curves(path, [("precision against recall, mean over classes", "recall", by_iou),
+                       ("IoU 0.5, by class" + ": best and worst 5" * (len(classes) > 10), "recall", by_class)])
+
+
+def draw_curves(path, panels, width=600, height=340):
+    """Write line charts side by side. `panels`: (title, name of x, {name of a curve: (x values, y values)})."""
+    big = 2  # drawn twice as large and reduced: smooth lines
+    picture = Image.new("RGB", (big * width * len(panels), big * height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13 * big)
+    for n, (title, x_name, curves) in enumerate(panels):
+        left, top, right, bottom = (big * v for v in (n * width + 50, 32, (n + 1) * width - 150, height - 45))
+        x_ticks, y_ticks = (ticks(np.concatenate([curve[axis] for curve in curves.values()])) for axis in (0, 1))
+
+        def on_picture(x, y):
+            return (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left),
+                    bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top))
+
+        for tick in x_ticks:
+            x, _ = on_picture(tick, y_ticks[0])
+            draw.line([(x, top), (x, bottom)], fill="#dddddd", width=big)
+            draw.text((x, bottom + 6 * big), f"{tick:g}", fill="black", font=font, anchor="mt")
+        for tick in y_ticks:
+            _, y = on_picture(x_ticks[0], tick)
+            draw.line([(left, y), (right, y)], fill="#dddddd", width=big)
+            draw.text((left - 6 * big, y), f"{tick:g}", fill="black", font=font, anchor="rm")
+        draw.text((left, 10 * big), title, fill="black", font=font)
+        draw.text(((left + right) / 2, bottom + 24 * big), x_name, fill="black", font=font, anchor="mt")
+        for k, (name, (x, y)) in enumerate(curves.items()):
+            colour = COLOURS[k % len(COLOURS)]
+            draw.line([on_picture(*point) for point in zip(x, y)], fill=colour, width=2 * big, joint="curve")
+            draw.text((right + 10 * big, top + 18 * big * k), name, fill=colour, font=font)
+    picture.reduce(big).save(path)
+
+
+def ticks(values) -> np.ndarray:
+    """Round numbers, 4 to 11 of them, that enclose the finite values."""
+    values = np.asarray(values)[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if len(values) else (0, 1)
+    high = high if high > low else low + 1
+    step = 10 ** np.floor(np.log10(high - low))
+    step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1, 2) if (high - low) / (step * part) <= 8)
+    return np.arange(np.floor(low / step + 1e-6), np.ceil(high / step - 1e-6) + 1) * step
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
-def evaluate(model: FCOS, dataset: CocoDataset, categories: dict, out, device, **options) -> dict | None:
-    """Evaluate on a data set and write results.json, metrics.json and detections.png to `out`; on rank 0 returns the metrics."""
-    annotations = dataset.annotations
-    if (annotations.category_ids, annotations.category_names) != (categories["ids"], categories["names"]):
+def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out, **options) -> dict | None:
+    """Evaluate on a data set; on rank 0 returns the metrics.
+
+    Writes `out`/detections.png and, in `out`/eval, results.json (COCO's results format), metrics.json,
+    precision_recall.png and the grids of `draw_verdicts`.
+    """
+    annotations, names, out = dataset.annotations, categories["names"], Path(out)
+    if (annotations.category_ids, annotations.category_names) != (categories["ids"], names):
         raise DataError(f"{annotations.path}: its categories are not the detector's; there "
                         f"{dict(zip(annotations.category_ids, annotations.category_names))}, in the checkpoint "
-                        f"{dict(zip(categories['ids'], categories['names']))}")
-    results = detect_all(model, dataset, device, **options)
+                        f"{dict(zip(categories['ids'], names))}")
+    results = detect_all(detector, dataset, **options)
     if results is None:
         return None
-    metrics = coco_metrics(annotations, results)
+    ids = annotations.annotation_ids
+    if len(np.unique(ids)) < len(ids) or (ids < 1).any():
+        print(f"{annotations.path}: some annotation ids are missing, below 1, or there twice; numbered anew for this evaluation")
+    evaluation = coco_evaluation(annotations, results)
+    metrics = coco_metrics(evaluation, annotations, results)
     print_metrics(metrics)
     for sentence in explain(metrics, annotations, results):
         print(sentence, flush=True)
-    out = Path(out)
     (out / "eval").mkdir(parents=True, exist_ok=True)
     (out / "eval" / "results.json").write_text(json.dumps(coco_results(results, categories["ids"])))
     (out / "eval" / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    draw_grid(out / "detections.png", dataset, results, categories["names"], confident(model.config))
-    print(f"pictures in {out / 'detections.png'}, figures and boxes in {out / 'eval'}", flush=True)
+    draw_precision_recall(out / "eval" / "precision_recall.png", evaluation, metrics)
+    score = confident(detector.config)
+    draw_verdicts(out / "eval", evaluation, dataset, results, names, score)
+    spread = np.linspace(0, len(dataset) - 1, min(12, len(dataset))).round().astype(int)
+    draw_grid(out / "detections.png", dataset, results, names, score, spread)
+    print(f"pictures in {out / 'detections.png'} and {out / 'eval'}, boxes and figures in {out / 'eval'}", flush=True)
     return metrics
 
 
-def predict(model: FCOS, paths: list[Path], names: list[str], out, device, precision="auto") -> list[dict]:
-    """Detect objects in image files; writes a picture of each to `out`, and all boxes to `out`/detections.json."""
-    config = model.config
-    bf16 = precision == "bf16" or precision == "auto" and bf16_is_fast(device)
-    model = inference_copy(model, torch.bfloat16 if bf16 else torch.float32).to(device)
+def predict(detector: Detector, paths: list[Path], names: list[str], out, tta=False) -> list[Path]:
+    """Detect objects in image files; writes a picture of each to `out`, and all boxes to `out`/detections.json.
+
+    Files that cannot be read are reported and returned; the others are done all the same.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    found = []
+    found, unreadable, used = [], [], set()
     for path in paths:
-        image = data.load_image(path, apply_exif_orientation=True)                  # (3, h, w)
-        size = data.resized(*image.shape[1:], config.short_side, config.long_side, config.enlarge)
-        (request,) = data.requests([0], [False], [size], data.CANVAS_MULTIPLE)
-        canvas = torch.zeros(1, 3, *request.canvas, dtype=torch.uint8)
-        canvas[0, :, :size[0], :size[1]] = transforms.resize(image, list(size), antialias=True)
-        sizes = torch.tensor([size], device=device)
-        locations = make_locations(*request.canvas, offset=config.location_offset, device=device)
-        with torch.inference_mode():
-            (d,) = detect(model(canvas.to(device), sizes), locations, sizes, config)
-        boxes = (d.boxes.cpu() * torch.tensor([image.shape[2] / size[1], image.shape[1] / size[0]]).repeat(2)).numpy()
-        keep = d.scores.cpu().numpy() >= confident(config)
-        boxes, scores, labels = boxes[keep], d.scores.cpu().numpy()[keep], d.labels.cpu().numpy()[keep]
-        found.append({"file": str(path), "width": image.shape[2], "height": image.shape[1], "detections": [
-            {"bbox": [round(x, 2) for x in box], "score": round(s, 5), "category": names[label]}
-            for box, s, label in zip(to_xywh(boxes).tolist(), scores.tolist(), labels.tolist())]})
-        picture = draw(image, boxes, labels.tolist(), scores.tolist(), names, side=max(image.shape[1:]))
-        write_png(picture, str(out / f"{path.stem}.png"))
+        try:
+            image = data.load_image(path, apply_exif_orientation=True)                  # (3, h, w)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            unreadable.append(path)
+            continue
+        boxes, scores, labels = (x.numpy() for x in detect_in_image(detector, image, tta))
+        keep = scores >= confident(detector.config)
+        boxes, scores, labels = boxes[keep], scores[keep].tolist(), labels[keep].tolist()
+        picture = next(name for n in itertools.count(1) if (name := f"{path.stem}{f'-{n}' * (n > 1)}.png") not in used)
+        used.add(picture)
+        found.append({"file": str(path), "picture": picture, "width": image.shape[2], "height": image.shape[1], "detections": [
+            {"bbox": [round(x, 2) for x in box], "score": round(score, 5), "category": names[label]}
+            for box, score, label in zip(to_xywh(boxes).tolist(), scores, labels)]})
+        write_png(draw(image, boxes, labels, scores, names, side=max(image.shape[1:])), str(out / picture))
         print(f"{path}: {len(boxes)} objects", flush=True)
     (out / "detections.json").write_text(json.dumps(found, indent=1))
     print(f"pictures and detections.json in {out}", flush=True)
-    return found
+    return unreadable
 
 
 def image_files(paths) -> list[Path]:
@@ -337,8 +461,8 @@ def image_files(paths) -> list[Path]:
     files = []
     for path in map(Path, paths):
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_FILES) if path.is_dir() else [path]
-        if not inside or not inside[0].exists():
-            raise DataError(f"{path}: " + ("no image file in this folder" if path.is_dir() else "no such file or folder"))
+        if not inside:
+            raise DataError(f"{path}: no image file in this folder")
         files += inside
     return files
 
@@ -352,25 +476,27 @@ def main():
     parser.add_argument("--out", help="folder to write to (default: the run's; RUN/predictions for images)")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once on a device (default: 8)")
     parser.add_argument("--num-workers", type=int, default=2, help="data loading processes; 0: none (default: 2)")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation: sizes of 1/2 to 3/2, mirrored or not, merged")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                         help="of the network; auto: bf16 where the hardware has it (default: auto)")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     join_process_group(device)
     checkpoint = load_checkpoint(args.weights)
-    model, categories = build_detector(checkpoint), checkpoint["categories"]
+    detector, categories = Detector(build_detector(checkpoint), device, args.precision), checkpoint["categories"]
     run = Path(args.weights)
     if not run.is_dir():
         run = Path("runs/torchvision") if args.weights == "torchvision" else run.parent
     if args.images:
-        predict(model, image_files(args.images), categories["names"], args.out or run / "predictions", device, args.precision)
+        unreadable = predict(detector, image_files(args.images), categories["names"], args.out or run / "predictions", args.tta)
+        if unreadable:
+            raise DataError(f"{len(unreadable)} of the files cannot be read, see above; the others are done")
     else:
         trained = checkpoint["config"]
         if not (args.data or trained["data"]):
             raise ConfigError(f"{args.weights} does not say which data to judge it on; name a COCO-format folder with DATA=... (--data)")
         dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained["val_split"])
-        evaluate(model, dataset, categories, args.out or run, device, batch_size=args.batch_size,
-                 num_workers=args.num_workers, precision=args.precision)
+        evaluate(detector, dataset, categories, args.out or run, batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -274,16 +274,13 @@ def _by_location(x):
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def postprocess(outputs: Outputs, locations: Locations, image_sizes: Tensor, config: ModelConfig):
-    """Detections of a batch in tensors of fixed size, without waiting for the device (so that a CUDA graph can hold it).
+def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, config: ModelConfig):
+    """The best boxes of each level, before NMS: boxes (N, K, 4), scores (N, K), 0 for filling, and labels (N, K).
 
-    Args:
-        image_sizes: (N, 2) height and width in pixels, to which boxes are clipped.
-    Returns: boxes (N, D, 4), scores (N, D) best first, labels (N, D) and the number of detections (N,); what lies
-        beyond that number is filling.
+    Every shape is known beforehand, and nothing waits for the device. `image_sizes` (N, 2): height and width in
+    pixels, to which boxes are clipped.
     """
-    N, L, C = outputs.logits.shape
-    most = config.candidates_per_level
+    C, most = outputs.logits.shape[2], config.candidates_per_level
     scores, labels, chosen = [], [], []
     first = 0
     for level in locations.levels:
@@ -305,11 +302,19 @@ def postprocess(outputs: Outputs, locations: Locations, image_sizes: Tensor, con
     xy = (locations.xy if config.location_spacing == "stride" else evenly_spaced(locations))[chosen]  # (N, K, 2)
     boxes = torch.cat([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=-1)
     limit = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)               # (N, 1, 4): w, h, w, h
-    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    return torch.minimum(boxes.clamp(min=0), limit), scores, labels
 
-    image = torch.arange(N, device=labels.device)[:, None]
-    group = torch.where(scores > 0, image * C + labels, -1)                         # -1: below the threshold
-    keep = csrc.nms_mask(boxes.flatten(0, 1), scores.flatten(), group.flatten(), config.nms_iou).view(scores.shape)
+
+@torch.no_grad()
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: ModelConfig, nms_mask=csrc.nms_mask):
+    """NMS inside each class of each image, and the best of what it leaves.
+
+    Returns: boxes (N, D, 4), scores (N, D) best first, labels (N, D) and the number of detections (N,); what lies
+        beyond that number is filling. Without waiting for the device, so that a CUDA graph can hold it.
+    """
+    image = torch.arange(scores.shape[0], device=scores.device)[:, None]                # not len: it would fix N in an export
+    group = torch.where(scores > 0, image * config.num_classes + labels, -1)        # -1: filling
+    keep = nms_mask(boxes.flatten(0, 1), scores.flatten(), group.flatten(), config.nms_iou).view(scores.shape)
     best, index = torch.where(keep, scores, 0.0).topk(min(config.max_detections, scores.shape[1]))  # (N, D)
     return boxes.gather(1, index[..., None].expand(-1, -1, 4)), best, labels.gather(1, index), (best > 0).sum(1)
 
@@ -338,10 +343,77 @@ def evenly_spaced(locations: Locations) -> Tensor:
 
 
 def detect(outputs: Outputs, locations: Locations, image_sizes, config: ModelConfig) -> list[Detections]:
-    """The objects in each image: `postprocess` with the filling cut off.  `image_sizes`: (N, 2) tensor or N (h, w)."""
+    """The objects in each image.  `image_sizes`: (N, 2) tensor or N (h, w), pixels."""
     image_sizes = torch.as_tensor(image_sizes, device=outputs.logits.device)
-    boxes, scores, labels, count = postprocess(outputs, locations, image_sizes, config)
+    return cut(*suppress(*candidates(outputs, locations, image_sizes, config), config))
+
+
+def cut(boxes, scores, labels, count) -> list[Detections]:
+    """What `suppress` returns, without the filling."""
     return [Detections(boxes[n, :k], scores[n, :k], labels[n, :k]) for n, k in enumerate(count.tolist())]
+
+
+# --- a detector ready for use -----------------------------------------------------------------------------------------
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16 (without instructions for it, a CPU is slower than in float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """What the network computes in. `precision`: "bf16", "fp32", or "auto"."""
+    bf16 = precision == "bf16" or precision == "auto" and bf16_is_fast(device)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+class Detector:
+    """A model made fast for inference: frozen norms multiplied in, weights in the precision, and on a GPU a CUDA graph
+    of everything from pixels to final boxes for every shape of input that comes a second time."""
+
+    def __init__(self, model: FCOS, device: torch.device, precision: str = "auto"):
+        self.config, self.device = model.config, device
+        self.model = inference_copy(model, dtype_of(precision, device)).to(device)
+        self.graphs, self.seen, self.pool = {}, set(), None
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, image_sizes: Tensor) -> list[Detections]:
+        """Detections on the CPU. images (N, 3, H, W) uint8 and image_sizes (N, 2), on any device."""
+        shape = tuple(images.shape)
+        if self.device.type == "cuda" and shape in self.seen and csrc.available():
+            found = self._replay(images, image_sizes)
+        else:
+            self.seen.add(shape)
+            found = suppress(*self.candidates(images, image_sizes), self.config)
+        return cut(*(x.cpu() for x in found))
+
+    @torch.inference_mode()
+    def candidates(self, images, image_sizes):
+        """See `candidates`; on the device."""
+        locations = make_locations(*images.shape[2:], offset=self.config.location_offset, device=self.device)
+        return self._candidates(images.to(self.device, non_blocking=True), image_sizes.to(self.device), locations)
+
+    def _candidates(self, images, image_sizes, locations):
+        return candidates(self.model(images, image_sizes), locations, image_sizes, self.config)
+
+    def _replay(self, images, image_sizes):
+        shape = tuple(images.shape)
+        if shape not in self.graphs:
+            held = torch.empty_like(images, device=self.device), torch.empty_like(image_sizes, device=self.device)
+            locations = make_locations(*shape[2:], offset=self.config.location_offset, device=self.device)
+            graph = torch.cuda.CUDAGraph()
+            # One pool of memory for all graphs: results are copied away before the next one runs.
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self.pool):
+                found = suppress(*self._candidates(*held, locations), self.config)
+            self.graphs[shape] = graph, held, locations, found
+        graph, held, _, found = self.graphs[shape]
+        for place, new in zip(held, (images, image_sizes)):
+            place.copy_(new, non_blocking=True)
+        graph.replay()
+        return found
 
 
 def inference_copy(model: FCOS, dtype=None) -> FCOS:
@@ -358,6 +430,55 @@ def inference_copy(model: FCOS, dtype=None) -> FCOS:
     for part in (model.backbone, model.fpn, model.head):
         part.to(dtype=dtype)
     return model.to(memory_format=torch.channels_last)
+
+
+class ExportedDetector(nn.Module):
+    """From pixels to detections on a canvas of one size, in operators that PyTorch and torchvision bring: what
+    `export` writes runs without this code."""
+
+    def __init__(self, model: FCOS, height: int, width: int, nms_dtype: torch.dtype):
+        super().__init__()
+        self.model = inference_copy(model, torch.float32)
+        self.locations = make_locations(height, width, offset=model.config.location_offset)
+        self.nms_dtype, self.apart = nms_dtype, max(height, width) + 1
+
+    def forward(self, images, image_sizes):
+        config = self.model.config
+        found = candidates(self.model(images, image_sizes), self.locations, image_sizes, config)
+        return suppress(*found, config, self.nms_mask)
+
+    def nms_mask(self, boxes, scores, groups, iou_threshold):
+        """One NMS for all groups, moved so far apart that they do not meet; float64 still tells them to 1e-9 pixels."""
+        boxes = boxes.to(self.nms_dtype) + groups[:, None] * self.apart
+        kept = torchvision.ops.nms(boxes, scores.to(self.nms_dtype), iou_threshold)
+        return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, kept, True) & (groups >= 0)
+
+
+def export(model: FCOS, categories: dict, path, height: int, width: int):
+    """Write a detector that runs without this code: .pt2 by torch.export for any batch, .onnx for one image.
+
+    Inputs: images (N, 3, height, width) uint8 RGB, padded at the right and at the bottom, image_sizes (N, 2) int64.
+    Outputs: boxes (N, D, 4) xyxy pixels of the canvas, scores (N, D), labels (N, D), and how many of the D are meant (N,).
+    """
+    path, onnx = Path(path), Path(path).suffix == ".onnx"
+    module = ExportedDetector(model, height, width, torch.float32 if onnx else torch.float64).eval()
+    N = 1 if onnx else 2  # an example; a batch of 1 would be taken for a constant
+    example = torch.zeros(N, 3, height, width, dtype=torch.uint8), torch.tensor([[height, width]] * N)
+    unfinished = path.with_suffix(".part" + path.suffix)
+    if onnx:
+        names = ("boxes", "scores", "labels", "count")
+        try:
+            torch.onnx.export(module, example, unfinished, input_names=("images", "image_sizes"), output_names=names,
+                              dynamo=True, external_data=False, verbose=False)
+        except ImportError as error:
+            raise ConfigError(f"{path}: an ONNX file needs packages that are not here ({error}); pip install onnx onnxscript, "
+                              "or export to .pt2") from None
+    else:
+        batch = torch.export.Dim("batch", min=1)
+        with torch.no_grad():
+            program = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch}))
+        torch.export.save(program, unfinished, extra_files={"categories.json": json.dumps(categories)})
+    unfinished.replace(path)
 
 
 # --- weights from elsewhere -------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -41,7 +42,7 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import CHECKPOINT_FORMAT, FCOS, ConfigError, ModelConfig, option
+from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, dtype_of, option
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ class TrainConfig:
     train_short_sides: tuple[int, int] = option((800, 800), "pixels; range from which each image's short side is drawn")
     flip: float = option(0.5, "probability of a horizontal flip")
     seed: int = option(0, "of the initial weights and of all that the sampler draws")
-    canvas_multiple: int = option(32, "pixels, to which the sides of a batch are padded")
+    canvas_sides: int = option(4, "different lengths of a padded side; few: the network is compiled a few times; 0: any multiple of 32")
     precision: str = option("auto", "of the network; auto: bf16 where the hardware has it. Losses are always fp32", ("auto", "bf16", "fp32"))
     compile: str = option("auto", "torch.compile the network; auto: on a GPU", ("auto", "on", "off"))
     # in what portions; nothing from here on changes what is learned
@@ -79,14 +80,16 @@ class TrainConfig:
     accumulate: int = option(0, "portions of a process's share of the batch; 0: as few as --images-per-gpu allows")
     num_workers: int = option(2, "data loading processes per training process; 0: none")
     log_every: int = option(20, "steps between two progress lines and entries of metrics.jsonl")
+    eval_every: int = option(0, "steps between two evaluations on the way; 0: none before the end")
     checkpoint_every: int = option(1000, "steps between two checkpoints")
     checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is due in any case")
 
 
 ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth", "centerness_on_box_tower", "box_unit",
                 "sqrt_score", "pixel_mean", "pixel_std")  # what --init-from takes over from the other checkpoint
-RESUMABLE = {"data", "images_per_gpu", "accumulate", "num_workers", "log_every", "checkpoint_every",
-             "checkpoint_minutes"}  # what may be changed on the way
+LOSSES = ("cls", "box", "centerness")
+RESUMABLE = {"data", "images_per_gpu", "accumulate", "num_workers", "log_every", "eval_every",
+             "checkpoint_every", "checkpoint_minutes"}  # what may be changed on the way
 
 fcos_R_50_FPN_1x = TrainConfig()
 center = dict(center_radius=1.5)
@@ -100,7 +103,8 @@ PRESETS = {
         model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
                           short_side=280, long_side=440, enlarge=False, **improved),
         data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
-        lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), num_workers=0),
+        lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0, num_workers=0,
+        eval_every=400),
     "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
     "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
     "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),
@@ -205,23 +209,67 @@ class Progress:
                 f"{left // 60:.0f} min {left % 60:02.0f} s left")
         print(f"\r{text}\x1b[K" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and step < self.config.steps else "\n",
               flush=True)
-        self.record(step=step, **losses, lr=lr, images_per_second=round(images_per_second, 2))
-        self.last, self.last_step, self.data_wait = now, step, 0.0
-
-    def record(self, **entry):
         with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"step": step, **losses, "lr": lr, "images_per_second": round(images_per_second, 2)}) + "\n")
+        self.last, self.last_step, self.data_wait = now, step, 0.0
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
+
+def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
+    """Biases learn at twice the rate and do not decay."""
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for name, p in learned if not name.endswith("bias")], "lr_factor": 1.0, "weight_decay": config.weight_decay},
+              {"params": [p for name, p in learned if name.endswith("bias")], "lr_factor": 2.0, "weight_decay": 0.0}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+
 
 def add_up(state, bucket):
     """What DDP does with gradients: each process has its share of the global loss, so they are added, not averaged."""
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
-def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None) -> tuple[FCOS, dict]:
-    """Train from step 0, or from the newest checkpoint of the run, to the end. Returns the model and its categories."""
+def training_step(network, optimizer, parts: list[data.Batch], lr: float, config: TrainConfig) -> Tensor:
+    """One step on this process's portions of the global batch: its share of the losses, (3,), on the device.
+
+    Nothing here waits for the device.
+    """
+    device, world = parts[0].images.device, dist.get_world_size() if dist.is_initialized() else 1
+    dtype = dtype_of(config.precision, device)
+
+    # what every location should predict, and the denominators over the global batch
+    locations = make_locations(*parts[0].images.shape[2:], offset=config.model.location_offset, device=device)
+    targets = [assign_targets(locations, part.boxes, part.labels, config.center_radius) for part in parts]
+    over = torch.stack([torch.stack(totals(t)) for t in targets]).sum(0)                        # (3,)
+    if world > 1:
+        dist.all_reduce(over)
+
+    optimizer.zero_grad()
+    shares = torch.zeros(len(LOSSES), device=device)
+    for part, target in zip(parts, targets):
+        with nullcontext() if world == 1 or part is parts[-1] else network.no_sync():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = network(part.images, part.sizes)
+            losses = fcos_loss(outputs, target, config.box_loss, Totals(*over),
+                               stride=locations.stride if config.model.box_unit == "stride" else None)
+            sum(losses.values()).backward()
+        shares += torch.stack([losses[name].detach() for name in LOSSES])
+
+    if config.grad_clip:
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+    optimizer.step()
+    return shares
+
+
+def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None) -> tuple[FCOS, dict, TrainConfig]:
+    """Train from step 0, or from the newest checkpoint of the run, to the end.
+
+    Returns the model, its categories, and the configuration with what the data set decides.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     # data
@@ -241,11 +289,10 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     if config.batch_size % (world * accumulate):
         raise ConfigError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} processes x {accumulate} "
                           "accumulation steps; change --batch-size, --accumulate or --images-per-gpu")
-    bf16 = config.precision == "bf16" or config.precision == "auto" and evaluate.bf16_is_fast(device)
     say(f"{config.batch_size} images a step: {world} process{'es' * (world > 1)} x {accumulate} portion{'s' * (accumulate > 1)} x "
-        f"{share // accumulate} images, in {'bf16' if bf16 else 'fp32'} on {device.type}")
+        f"{share // accumulate} images, in {dtype_of(config.precision, device)} on {device.type}".replace("torch.", ""))
     sampler = data.TrainSampler(annotations.sizes, images, config.batch_size, config.seed, config.train_short_sides,
-                                config.model.long_side, config.model.enlarge, config.flip, config.canvas_multiple)
+                                config.model.long_side, config.model.enlarge, config.flip, config.canvas_sides)
 
     # model and optimizer
     torch.manual_seed(config.seed)
@@ -253,12 +300,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     if init_file:
         init_from(model, init_file, categories)
     model.to(device, memory_format=torch.channels_last)
-    biases = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
-    weights = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("bias")]
-    groups = [{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
-              {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True) if config.optimizer == "sgd" else \
-        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = build_optimizer(model, config)
     first_step = 0
     if resume:
         checkpoint = evaluate.load_checkpoint(run)
@@ -273,7 +315,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
             f"{run}: going on from step {first_step}")
     network = model
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        network = torch.compile(network, dynamic=False)
+        network = torch.compile(network, dynamic=False)  # once for every shape of canvas, hence `canvas_sides`
     if world > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)
@@ -306,65 +348,57 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         if progress:
             progress.data_wait += time.time() - waiting
 
-        # what every location should predict, and the denominators over the global batch
-        locations = make_locations(*parts[0].images.shape[2:], offset=config.model.location_offset, device=device)
-        targets = [assign_targets(locations, part.boxes, part.labels, config.center_radius) for part in parts]
-        over = torch.stack([torch.stack(totals(t)) for t in targets]).sum(0)                    # (3,)
-        if world > 1:
-            dist.all_reduce(over)
+        try:
+            unread.append(training_step(network, optimizer, parts, lr := lr_at(step, config), config))
+        except torch.OutOfMemoryError:
+            n, _, height, width = parts[0].images.shape
+            most = max(len(boxes) for part in parts for boxes in part.boxes)
+            raise DataError(f"step {step} does not fit into the memory of {device}: {n} images on {width} x {height} pixels, with up to "
+                            f"{most} boxes; set --images-per-gpu below {n}, or lower --train-short-sides") from None
 
-        lr = lr_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        optimizer.zero_grad()
-        losses_of_step = torch.zeros(3, device=device)
-        for i, (part, target) in enumerate(zip(parts, targets)):
-            last_part = i + 1 == accumulate
-            try:
-                with nullcontext() if world == 1 or last_part else network.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        outputs = network(part.images, part.sizes)
-                    losses = fcos_loss(outputs, target, config.box_loss, Totals(*over),
-                                       stride=locations.stride if config.model.box_unit == "stride" else None)
-                    sum(losses.values()).backward()
-            except torch.OutOfMemoryError:
-                n, _, height, width = part.images.shape
-                raise DataError(f"step {step} does not fit into the memory of {device}: {n} images on {width} x {height} pixels, with up to "
-                                f"{max(map(len, part.boxes))} boxes; set --images-per-gpu below {n}, or lower --train-short-sides") from None
-            losses_of_step += torch.stack([*losses.values()]).detach()
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        unread.append(losses_of_step)
-
-        # now and then: look at the losses, tell, save, stop
+        # now and then: look at the losses, tell, save, stop, evaluate
         done = step + 1
-        if device.type == "cuda" and done % config.log_every and done % config.checkpoint_every and done < config.steps:
+        last, evaluate_now = done == config.steps, config.eval_every and done % config.eval_every == 0
+        if device.type == "cuda" and done % config.log_every and done % config.checkpoint_every and not last and not evaluate_now:
             continue
         read = torch.cat([torch.stack(unread).flatten(), torch.tensor([float(bool(stop_signal))], device=device)])
         if world > 1:
             dist.all_reduce(read)
         *read, stop = read.tolist()
-        for earlier, values in enumerate(zip(*[iter(read)] * 3), start=done - len(unread)):
+        for earlier, values in enumerate(zip(*[iter(read)] * len(LOSSES)), start=done - len(unread)):
             if not all(map(math.isfinite, values)):
-                stop_at_non_finite(run, rank, earlier, dict(zip(losses, values)), lr_at(earlier, config), annotations.image_ids[
+                stop_at_non_finite(run, rank, earlier, dict(zip(LOSSES, values)), lr_at(earlier, config), annotations.image_ids[
                     [request.index for request in sampler.global_batch(earlier)]].tolist())
             recent.append(values)
         unread.clear()
         if rank == 0:
-            if done % config.log_every == 0 or done == config.steps:
-                progress.report(done, {name: sum(v) / len(v) for name, v in zip(losses, zip(*recent))}, lr, device)
+            if done % config.log_every == 0 or last:
+                progress.report(done, {name: sum(v) / len(v) for name, v in zip(LOSSES, zip(*recent))}, lr, device)
                 recent.clear()
             due = done % config.checkpoint_every == 0 or time.time() - saved_at > 60 * config.checkpoint_minutes
-            if due or stop or done == config.steps:
+            if due or stop or last:
                 save_checkpoint(run, checkpoint_of(done))
                 saved_at = time.time()
-        if stop and done < config.steps:
+        if stop and not last:
             say(f"\nstopped by a signal after step {done}; go on with: make resume RUN={run}")
             sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
+        if evaluate_now and not last:
+            started = time.time()
+            evaluate_step(model, categories, config, run, device, done)
+            if progress:
+                progress.last += time.time() - started  # its images/s are those of training
     for number, default in default_handlers.items():
         signal.signal(number, default)
-    return model, categories
+    return model, categories, config
+
+
+def evaluate_step(model, categories, config: TrainConfig, run: Path, device, step: int):
+    """Evaluate on the validation split, and record the figures of this step."""
+    validation = data.open_split(config.data, run, "val", config.val_split)
+    metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, run)
+    if metrics:  # on rank 0
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics["figures"]) + "\n")
 
 
 def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
@@ -461,13 +495,9 @@ def main():
         data.open_split(config.data, run, "val", config.val_split)  # generates shapes, and fails now if evaluation would
     if dist.is_initialized():
         dist.barrier()
-    model, categories = train(config, run, device, resume, args.init_from)
+    model, categories, config = train(config, run, device, resume, args.init_from)
     if not args.skip_eval:
-        validation = data.open_split(config.data, run, "val", config.val_split)
-        metrics = evaluate.evaluate(model, validation, categories, run, device, precision=config.precision)
-        if metrics:  # on rank 0
-            with open(run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": config.steps} | metrics["figures"]) + "\n")
+        evaluate_step(model, categories, config, run, device, config.steps)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -48,10 +48,8 @@ sys.path.insert(0, str(ROOT))
 import csrc  # noqa: E402
 import data  # noqa: E402
 from assign import Targets, assign_targets, make_locations  # noqa: E402
-from evaluate import bf16_is_fast  # noqa: E402
-from loss import fcos_loss, totals  # noqa: E402
-from model import FCOS, ModelConfig, convert, detect, inference_copy  # noqa: E402
-from train import PRESETS  # noqa: E402
+from model import FCOS, Detector, ModelConfig, bf16_is_fast, convert  # noqa: E402
+from train import PRESETS, build_optimizer, training_step  # noqa: E402
 
 CLASSES = 80
 LR = 1e-6  # so low that dozens of steps on one batch leave the network as it was; no step costs less for it
@@ -164,14 +162,10 @@ def inference(device="cpu", height=800, width=1216, bars=(">= 4x", ">= 1.2x"), a
 
     image = photograph(height, width)                                                   # (3, H, W)
     image = image.pin_memory() if device == "cuda" else image
-    dtype = torch.bfloat16 if bf16_is_fast(torch.device(device)) else torch.float32
-    model = inference_copy(our_fcos(theirs(False)), dtype).to(device)
+    detector, size = Detector(our_fcos(theirs(False)), torch.device(device)), torch.tensor([[height, width]])
 
-    @torch.inference_mode()
     def ours():
-        images, sizes = image[None].to(device, non_blocking=True), torch.tensor([[height, width]], device=device)
-        locations = make_locations(height, width, offset=model.config.location_offset, device=device)
-        return detect(model(images, sizes), locations, sizes, model.config)[0].boxes.cpu()
+        return detector(image[None], size)[0].boxes
 
     sides = {"ours": ours, "defaults": runner(theirs(False), False), "bf16": runner(theirs(True), True),
              "fused": runner(theirs(True, nn.BatchNorm2d), True)}
@@ -198,30 +192,16 @@ def our_step(images, boxes, labels, canvas, device):
     config = replace(config, model=replace(config.model, num_classes=CLASSES))
     model = our_fcos(torchvision_fcos(), config.model).to(device, memory_format=torch.channels_last)
     network = torch.compile(model, dynamic=False) if device == "cuda" else model
-    biases = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
-    weights = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("bias")]
-    optimizer = torch.optim.SGD([{"params": weights, "lr": LR, "weight_decay": config.weight_decay},
-                                 {"params": biases, "lr": 2 * LR, "weight_decay": 0.0}], momentum=0.9, fused=True)
+    optimizer = build_optimizer(model, config)
     N, _, height, width = images.shape
     on_canvas = torch.zeros(N, 3, *canvas, dtype=torch.uint8)
     on_canvas[:, :, :height, :width] = images
     batch = data.Batch(on_canvas, torch.tensor([[height, width]] * N), boxes, labels, torch.arange(N))
     if device == "cuda":
         batch = torch.utils.data._utils.pin_memory.pin_memory(batch)  # as the DataLoader does
-    bf16 = bf16_is_fast(torch.device(device))
 
     def step():
-        part = batch.to(device)
-        locations = make_locations(*part.images.shape[2:], offset=config.model.location_offset, device=device)
-        targets = assign_targets(locations, part.boxes, part.labels, config.center_radius)
-        over = totals(targets)
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            outputs = network(part.images, part.sizes)
-        losses = fcos_loss(outputs, targets, config.box_loss, over, stride=locations.stride)
-        sum(losses.values()).backward()
-        optimizer.step()
-        total = sum(losses.values()).detach()
+        total = training_step(network, optimizer, [batch.to(device)], LR, config).sum()
         return total if device == "cuda" else total.item()  # train.py looks at a GPU's losses now and then
     return step
 

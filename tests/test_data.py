@@ -482,13 +482,24 @@ def test_resizing_brings_the_short_side_to_800_unless_the_long_side_would_exceed
     assert data.resized(*size, 800, 1333, enlarge) == expected
 
 
-def test_the_canvas_holds_the_whole_global_batch_in_multiples():
+def test_the_canvas_holds_the_whole_global_batch_in_multiples_of_32():
     for step in range(10):
-        batch = sampler(multiple=128).global_batch(step)
+        batch = sampler().global_batch(step)
         (canvas,) = {r.canvas for r in batch}
         for side in (0, 1):
             longest = max(r.size[side] for r in batch)
-            assert canvas[side] % 128 == 0 and longest <= canvas[side] < longest + 128
+            assert canvas[side] % 32 == 0 and longest <= canvas[side] < longest + 32
+
+
+def test_the_sides_of_a_canvas_have_few_different_lengths_so_that_few_networks_are_compiled():
+    several = sampler(canvas_sides=3, short_sides=(640, 800))
+    assert several.sides == [800, 1088, 1344]
+    for step in range(20):
+        batch = several.global_batch(step)
+        (canvas,) = {r.canvas for r in batch}
+        for side in (0, 1):
+            longest = max(r.size[side] for r in batch)
+            assert canvas[side] == min(s for s in several.sides if s >= longest)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -18,7 +19,7 @@ import data
 import evaluate
 import train
 from evaluate import Results
-from model import CHECKPOINT_FORMAT, FCOS, ModelConfig
+from model import CHECKPOINT_FORMAT, FCOS, Detector, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco_mini"
@@ -52,6 +53,15 @@ def truth_as_detections(annotations):
     images = np.repeat(annotations.image_ids, np.diff(annotations.first))
     keep = ~annotations.crowd
     return Results(images[keep], annotations.boxes[keep].astype(np.float32), np.ones(keep.sum(), np.float32), annotations.labels[keep])
+
+
+def metrics_of(annotations, results):
+    return evaluate.coco_metrics(evaluate.coco_evaluation(annotations, results), annotations, results)
+
+
+def detector(config=SMALL):
+    torch.manual_seed(0)
+    return Detector(FCOS(config), torch.device("cpu"), "fp32")
 
 
 def save_detector(path, config=SMALL, root="", names=data.SHAPES):
@@ -93,7 +103,7 @@ def without_optional_keys(content):
                          ids=["as it is", "annotation id 0", "sparse ids", "no info, area, iscrowd"])
 def test_ground_truth_fed_back_as_detections_has_average_precision_1(shapes, tmp_path, change):
     annotations = open_val(changed(shapes, tmp_path, change)).annotations
-    metrics = evaluate.coco_metrics(annotations, truth_as_detections(annotations))
+    metrics = metrics_of(annotations, truth_as_detections(annotations))
     assert metrics["figures"]["AP"] == 1 and metrics["figures"]["AP50"] == 1
     assert all(c["AP"] == 1 for c in metrics["classes"])
 
@@ -105,7 +115,7 @@ def test_figures_are_those_of_pycocotools_on_real_annotations_with_crowds():
     truth = truth_as_detections(dataset.annotations)
     shifted = truth._replace(boxes=(truth.boxes + random.normal(0, 8, truth.boxes.shape)).astype(np.float32),
                              scores=random.random(len(truth.scores)).astype(np.float32))
-    metrics = evaluate.coco_metrics(dataset.annotations, shifted)
+    metrics = metrics_of(dataset.annotations, shifted)
     theirs = COCO(dataset.annotations.path)
     evaluation = COCOeval(theirs, theirs.loadRes(evaluate.coco_results(shifted, dataset.annotations.category_ids)), "bbox")
     evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
@@ -116,7 +126,7 @@ def test_figures_are_those_of_pycocotools_on_real_annotations_with_crowds():
 def test_no_detection_at_all_is_0_and_explained(shapes):
     annotations = open_val(shapes).annotations
     nothing = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    metrics = evaluate.coco_metrics(annotations, nothing)
+    metrics = metrics_of(annotations, nothing)
     assert metrics["figures"]["AP"] == 0
     (sentence,) = evaluate.explain(metrics, annotations, nothing)
     assert "not one detection scored above the threshold" in sentence
@@ -125,7 +135,7 @@ def test_no_detection_at_all_is_0_and_explained(shapes):
 def test_a_split_without_boxes_is_minus_1_and_explained(shapes, tmp_path):
     annotations = open_val(changed(shapes, tmp_path, lambda content: content.update(annotations=[]))).annotations
     nothing = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    metrics = evaluate.coco_metrics(annotations, nothing)
+    metrics = metrics_of(annotations, nothing)
     assert metrics["figures"]["AP"] == -1
     assert "no boxes" in evaluate.explain(metrics, annotations, nothing)[0]
 
@@ -135,11 +145,11 @@ def test_a_class_that_is_missed_and_a_size_that_is_absent_are_explained(shapes):
     truth = truth_as_detections(annotations)
     keep = truth.labels != 1
     found = Results(*(column[keep] for column in truth))
-    sentences = "; ".join(evaluate.explain(evaluate.coco_metrics(annotations, found), annotations, found))
+    sentences = "; ".join(evaluate.explain(metrics_of(annotations, found), annotations, found))
     assert "AP large is -1: no true box is over 96 x 96 pixels" in sentences
     assert "AP is 0 for classes never detected: ellipse" in sentences
     moved = truth._replace(boxes=truth.boxes + 1000)
-    sentences = "; ".join(evaluate.explain(evaluate.coco_metrics(annotations, moved), annotations, moved))
+    sentences = "; ".join(evaluate.explain(metrics_of(annotations, moved), annotations, moved))
     assert "whose detections all miss" in sentences and "rectangle, ellipse, triangle" in sentences
 
 
@@ -158,8 +168,7 @@ def test_boxes_come_back_in_pixels_of_the_original_image(shapes):
 
 def test_every_image_is_evaluated_once(shapes, tmp_path):
     dataset = open_val(shapes)
-    torch.manual_seed(0)
-    results = evaluate.detect_all(FCOS(SMALL), dataset, torch.device("cpu"), batch_size=4, precision="fp32")
+    results = evaluate.detect_all(detector(), dataset, batch_size=4)
     assert set(results.image_ids) == set(dataset.annotations.image_ids.tolist())
     assert all((results.image_ids == i).sum() <= SMALL.max_detections for i in dataset.annotations.image_ids)
 
@@ -180,12 +189,71 @@ def test_two_processes_find_what_one_finds(shapes, tmp_path):
 def test_evaluation_writes_coco_results_metrics_and_a_picture(shapes, tmp_path, capsys):
     dataset = open_val(shapes)
     categories = {"ids": [1, 2, 3], "names": list(data.SHAPES)}
-    metrics = evaluate.evaluate(FCOS(SMALL), dataset, categories, tmp_path, torch.device("cpu"))
+    metrics = evaluate.evaluate(detector(), dataset, categories, tmp_path)
     printed = capsys.readouterr().out
     assert all(name in printed for name in evaluate.FIGURES) and "triangle" in printed
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == metrics
     COCO(dataset.annotations.path).loadRes(str(tmp_path / "eval" / "results.json"))
-    assert min(Image.open(tmp_path / "detections.png").size) > 300
+    for name in ("detections.png", "eval/precision_recall.png", "eval/worst.png"):
+        assert min(Image.open(tmp_path / name).size) > 300
+
+
+def test_annotation_ids_that_coco_tools_stumble_over_are_numbered_anew_with_a_notice(shapes, tmp_path, capsys):
+    categories = {"ids": [1, 2, 3], "names": list(data.SHAPES)}
+    evaluate.evaluate(detector(), open_val(changed(shapes, tmp_path, number_from_zero)), categories, tmp_path)
+    assert "numbered anew" in capsys.readouterr().out
+
+
+def test_the_pictures_of_best_worst_and_wrong_images_show_those(shapes, tmp_path, monkeypatch):
+    dataset = open_val(shapes)
+    a, truth = dataset.annotations, truth_as_detections(dataset.annotations)
+    images, several = a.image_ids, [i for i, n in enumerate(np.diff(a.first)) if n > 1]
+    blind, lying = images[several[0]], images[several[1]]
+    found = truth._replace(boxes=np.where((truth.image_ids == lying)[:, None], truth.boxes + 500, truth.boxes),
+                           scores=np.where(truth.image_ids == lying, 0.95, 0.9).astype(np.float32))
+    found = Results(*(column[found.image_ids != blind] for column in found))
+    shown = {}
+    monkeypatch.setattr(evaluate, "draw_grid", lambda path, *rest: shown.update({path.name: (images[rest[4]], rest[5])}))
+    evaluate.draw_verdicts(tmp_path, evaluate.coco_evaluation(a, found), dataset, found, a.category_names, 0.3, count=2)
+    assert set(shown["worst.png"][0]) == {blind, lying} and list(shown["wrong.png"][0]) == [lying]
+    n = int(np.diff(a.first)[several[1]])
+    assert shown["wrong.png"][1] == [f"0 right, {n} wrong, {n} missed; wrong at 0.95"]
+    assert not {blind, lying} & set(shown["best.png"][0]) and "0 wrong, 0 missed" in shown["best.png"][1][0]
+
+
+def test_ticks_are_round_and_enclose_the_values():
+    for values, expected in (([0, 1], [0, .2, .4, .6, .8, 1]), ([3, 1590], [0, 200, 400, 600, 800, 1000, 1200, 1400, 1600]),
+                             ([0.31, 0.33], [.31, .315, .32, .325, .33]), ([5, 5], None), ([], None)):
+        found = evaluate.ticks(np.array(values, float))
+        assert expected is None and len(found) > 1 or np.allclose(found, expected), (values, found)
+
+
+def test_test_time_augmentation_of_a_single_view_is_plain_detection_and_flips_come_back(shapes, monkeypatch):
+    image = open_val(shapes).image(0)
+    plain = evaluate.detect_in_image(detector(), image)
+    monkeypatch.setattr(evaluate, "TTA_SCALES", (1,))
+    flipped = []
+    monkeypatch.setattr(data, "place", lambda image, request, canvas, place=data.place: (
+        flipped.append(request.flip), place(image, request._replace(flip=False), canvas)))
+    merged = evaluate.detect_in_image(detector(), image, tta=True)  # where a flip is asked for, none is made
+    assert flipped == [False, True]
+    width = image.shape[2]
+    assert any(torch.allclose(box, plain.boxes[0], atol=1e-3) for box in merged.boxes)
+    x0, y0, x1, y1 = plain.boxes[0].tolist()
+    mirrored = torch.tensor([width - x1, y0, width - x0, y1])
+    assert any(torch.allclose(box, mirrored, atol=1e-3) for box in merged.boxes)
+
+
+def test_test_time_augmentation_merges_all_sizes_before_nms(shapes):
+    dataset = open_val(shapes)
+    results = evaluate.detect_all(detector(), dataset, tta=True)
+    assert set(results.image_ids) == set(dataset.annotations.image_ids.tolist())
+    d = evaluate.detect_in_image(detector(), dataset.image(0), tta=True)
+    assert len(d.scores) <= SMALL.max_detections and (d.scores[:-1] >= d.scores[1:]).all()
+    for label in range(3):
+        boxes = d.boxes[d.labels == label]
+        iou = torchvision.ops.box_iou(boxes, boxes).fill_diagonal_(0).nan_to_num()  # NaN: two boxes without area
+        assert iou.numel() == 0 or iou.max() <= SMALL.nms_iou + 1e-5
 
 
 def test_other_categories_than_the_detectors_are_refused_by_name(shapes, tmp_path):
@@ -193,8 +261,8 @@ def test_other_categories_than_the_detectors_are_refused_by_name(shapes, tmp_pat
         content["categories"][1]["name"] = "oval"
 
     with pytest.raises(data.DataError, match="ellipse.*|oval.*"):
-        evaluate.evaluate(FCOS(SMALL), open_val(changed(shapes, tmp_path, rename)), {"ids": [1, 2, 3], "names": list(data.SHAPES)},
-                          tmp_path, torch.device("cpu"))
+        evaluate.evaluate(detector(), open_val(changed(shapes, tmp_path, rename)), {"ids": [1, 2, 3], "names": list(data.SHAPES)},
+                          tmp_path)
 
 
 def test_prediction_draws_any_picture_and_writes_its_boxes(tmp_path):
@@ -208,6 +276,29 @@ def test_prediction_draws_any_picture_and_writes_its_boxes(tmp_path):
     rows = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [Path(row["file"]).name for row in rows] == ["grey.png", "alpha.png", "colour.jpg", "grey.png"]
     assert all(Image.open(tmp_path / "out" / name).size == (90, 60) for name in ("grey.png", "alpha.png", "colour.png"))
+
+
+def test_prediction_reports_bad_files_does_the_others_and_exits_non_zero(tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
+    Image.new("RGB", (20_000, 40)).save(tmp_path / "wide.jpg")
+    Image.new("P", (40, 30)).save(tmp_path / "palette.gif")
+    Image.new("CMYK", (40, 30)).save(tmp_path / "cmyk.jpg")
+    Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
+    turned = Image.new("RGB", (40, 30))
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("no picture")
+    path = save_detector(tmp_path / "model.pt", config=SMALL)
+    done = subprocess.run([sys.executable, "evaluate.py", str(path), "--images", str(tmp_path), str(tmp_path / "absent.jpg"), "--out",
+                           str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for name, reason in (("torn.jpg", "cannot be decoded"), ("text.png", "not an image"), ("absent.jpg", "no such image file")):
+        assert any(f"{tmp_path / name}: " in line and reason in line for line in done.stderr.splitlines()), done.stderr
+    assert "3 of the files cannot be read" in done.stderr
+    sizes = {Path(row["file"]).name: (row["width"], row["height"]) for row in json.loads((tmp_path / "out" / "detections.json").read_text())}
+    assert sizes == {"pixel.png": (1, 1), "wide.jpg": (20_000, 40), "palette.gif": (40, 30), "cmyk.jpg": (40, 30), "deep.png": (40, 30),
+                     "turned.jpg": (30, 40)}
 
 
 @pytest.mark.parametrize("options, sentence", [

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -26,8 +27,8 @@ from torchvision.transforms.v2.functional import resize
 
 import model as our
 from assign import STRIDES, make_locations
-from model import (BACKBONES, FCOS, ConfigError, FrozenNormConv2d, ModelConfig, Outputs, convert, detect, evenly_spaced,
-                   import_checkpoint, inference_copy, load_weights, postprocess)
+from model import (BACKBONES, FCOS, ConfigError, Detector, FrozenNormConv2d, ModelConfig, Outputs, convert, detect, evenly_spaced,
+                   import_checkpoint, inference_copy, load_weights)
 
 COCO_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
 SMALL = ModelConfig(num_classes=3, backbone="resnet18", channels=32, tower_depth=1)
@@ -312,13 +313,71 @@ def test_decoding_does_not_wait_for_the_gpu():
     outputs, sizes = Outputs(*(x.cuda() for x in outputs)), torch.tensor([[128, 128]]).cuda()
     locations = make_locations(128, 128, device="cuda")
     for config in (CONFIG, replace(CONFIG, location_spacing="even")):
-        postprocess(outputs, locations, sizes, config)  # loads the kernels
+        our.suppress(*our.candidates(outputs, locations, sizes, config), config)  # loads the kernels
         torch.cuda.set_sync_debug_mode("error")
         try:
-            count = postprocess(outputs, locations, sizes, config)[3]
+            count = our.suppress(*our.candidates(outputs, locations, sizes, config), config)[3]
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert count.tolist() == [1]
+
+
+def assert_same_detections(found, expected, atol=0.0):
+    for a, b in zip(found, expected, strict=True):
+        assert len(a.scores) == len(b.scores) > 0 and a.labels.equal(b.labels.cpu())
+        torch.testing.assert_close(a.scores, b.scores.cpu(), rtol=0, atol=atol)
+        torch.testing.assert_close(a.boxes, b.boxes.cpu(), rtol=0, atol=atol * 100)
+
+
+def detector_that_finds_things():
+    model = small_model(score_threshold=1e-3).eval()
+    nn.init.normal_(model.head.cls_logits.weight, std=0.3)
+    images, sizes = torch.randint(0, 256, (3, 3, 96, 128), dtype=torch.uint8), torch.tensor([[96, 128], [64, 128], [96, 50]])
+    return model, images, sizes
+
+
+def test_a_detector_finds_what_detect_finds_in_the_outputs_of_the_model():
+    model, images, sizes = detector_that_finds_things()
+    with torch.no_grad():
+        expected = detect(model(images, sizes), make_locations(96, 128), sizes, model.config)
+    assert_same_detections(Detector(model, torch.device("cpu"), "fp32")(images, sizes), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_cuda_graphs_find_what_the_first_call_of_a_shape_found():
+    model, images, sizes = detector_that_finds_things()
+    detector = Detector(model.cuda(), torch.device("cuda"), "fp32")
+    first = {shape: detector(images[:, :, :shape[0], :shape[1]], sizes.clamp(max=shape[0])) for shape in ((96, 128), (64, 96))}
+    for _ in range(3):
+        for shape, expected in first.items():
+            assert_same_detections(detector(images[:, :, :shape[0], :shape[1]], sizes.clamp(max=shape[0])), expected, atol=1e-5)
+    assert len(detector.graphs) == 2
+    other = detector(images.flip(0), sizes.flip(0))  # what is replayed depends on the input, not on what was captured
+    assert_same_detections(other, first[96, 128][::-1], atol=1e-4)
+
+
+def test_an_exported_detector_runs_without_this_code_on_any_batch_and_finds_the_same(tmp_path):
+    model, images, sizes = detector_that_finds_things()
+    our.export(model, {"ids": [1, 2, 3], "names": ["a", "b", "c"]}, tmp_path / "model.pt2", 96, 128)
+    torch.save((images, sizes), tmp_path / "input.pt")
+    script = """import sys, json, torch, torchvision
+extra = {"categories.json": ""}
+module = torch.export.load("model.pt2", extra_files=extra).module()
+images, sizes = torch.load("input.pt")
+torch.save([module(images[:n], sizes[:n]) for n in (1, 3)], "output.pt")
+assert json.loads(extra["categories.json"])["names"] == ["a", "b", "c"] and "model" not in sys.modules and "csrc" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    expected = Detector(model, torch.device("cpu"), "fp32")(images, sizes)
+    for n, found in zip((1, 3), torch.load(tmp_path / "output.pt")):
+        assert_same_detections(our.cut(*found), expected[:n], atol=1e-5)
+
+
+def test_an_onnx_export_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    model, *_ = detector_that_finds_things()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match="pip install onnx onnxscript"):
+        our.export(model, {}, tmp_path / "model.onnx", 96, 128)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [(32, 32), (224, 352), (800, 1216), (800, 1344), (1088, 800), (128, 256)])
