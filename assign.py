@@ -18,14 +18,22 @@ Where several boxes qualify the smallest area wins, and on equal areas the first
 The usual implementation compares all L locations with all G boxes. Here every box visits only the few cells around
 its centre, so that time and memory hardly depend on G; `tests/test_assign.py` holds it to the definition above.
 
+    python assign.py                                        which location learns which box, in a drawn example
+    python assign.py IMAGE_ID --data DIR --split val2017    in an image of a COCO-format data set, at its own size
+
 Letters: N images, L locations over all levels, B boxes of all images, G of one; a level has H x W cells, and a box
-visits a window of V x U of them.
+visits a window of V x U of them; K are the locations of a level that learn.
 """
 
+import argparse
+import json
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 STRIDES = (8, 16, 32, 64, 128)  # pixels; P3 .. P7
@@ -142,3 +150,86 @@ def _window(centres, lower, upper, start, end, stride, extent):
     centre = centres[cell]
     inside = (centre > lower[:, None]) & (centre < upper[:, None])
     return cell, inside, torch.maximum(centre - start[:, None], end[:, None] - centre)
+
+
+# --- what it looks like -----------------------------------------------------------------------------------------------
+
+COLOURS = ("crimson", "royalblue", "forestgreen", "darkorange", "purple", "saddlebrown")  # of the boxes, in turns
+
+
+def example() -> tuple[Image.Image, Tensor]:
+    """Four ellipses and their boxes (4, 4)."""
+    boxes = [(24, 24, 404, 276), (224, 64, 424, 244), (496, 84, 584, 168), (544, 124, 592, 172)]
+    image = Image.new("RGB", (640, 288), "#d8d8d8")
+    for box, grey in zip(boxes, ("#a8a8a8", "#787878", "#787878", "#484848")):
+        ImageDraw.Draw(image).ellipse(box, grey)
+    return image, torch.tensor(boxes).float()
+
+
+def read(folder: Path, split: str, image_id: int | None) -> tuple[Image.Image, Tensor]:
+    """An image of a COCO-format data set (None: its first one) and the boxes to learn (G, 4)."""
+    content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+    entry = next((image for image in content["images"] if image_id in (None, image["id"])), None)
+    if entry is None:
+        raise ValueError(f"{folder}: split {split} has no image {image_id}")
+    boxes = [(x, y, x + w, y + h) for a in content["annotations"] for x, y, w, h in [a["bbox"]]
+             if a["image_id"] == entry["id"] and not a.get("iscrowd") and w > 0 and h > 0]
+    images = folder / split if (folder / split).is_dir() else folder / "images" / split
+    return Image.open(images / entry["file_name"]).convert("RGB"), torch.tensor(boxes).view(-1, 4).float()
+
+
+def draw(image, boxes, locations: Locations, columns: dict[str, Targets], width=480) -> Image.Image:
+    """A row for each level that learns, a column for each of the targets, whose labels are indices of boxes. A positive
+    location is drawn as its cell, in the colour of its box, and the paler the lower its centerness target (loss.py)."""
+    scale, height = width / image.width, round(width * image.height / image.width)
+    pale = Image.blend(image.resize((width, height)), Image.new("RGB", (width, height), "white"), 0.7)
+    learns = torch.stack([targets.labels[0] >= 0 for targets in columns.values()]).any(0)  # (L,)
+    strides = locations.stride[learns].unique().int().tolist() or STRIDES
+    picture = Image.new("RGB", (len(columns) * (width + 12) - 12, len(strides) * (height + 34)), "white")
+    for row, stride in enumerate(strides):
+        lowest, highest = locations.size_range[locations.stride == stride][0].clamp(min=0).tolist()
+        for column, (title, targets) in enumerate(columns.items()):
+            panel, here = pale.copy(), (locations.stride == stride) & (targets.labels[0] >= 0)
+            pen = ImageDraw.Draw(panel, "RGBA")
+            lt, rb = targets.ltrb[0, here].split(2, dim=1)                                 # (K, 2) each
+            centerness = (torch.minimum(lt, rb) / torch.maximum(lt, rb)).prod(1).sqrt()    # (K,)
+            corner, side = (locations.xy[here] - stride / 2) * scale, stride * scale - 2   # (K, 2), a gap between cells
+            for (x, y), g, c in zip(corner.tolist(), targets.labels[0, here].tolist(), centerness.tolist()):
+                pen.rectangle((x, y, x + side, y + side), ImageColor.getrgb(COLOURS[g % 6]) + (round(40 + 215 * c),))
+            for g, box in enumerate((boxes * scale).tolist()):
+                pen.rectangle(box, outline=COLOURS[g % 6], width=2)
+            left, top = column * (width + 12), row * (height + 34) + 24
+            picture.paste(panel, (left, top))
+            title = f"stride {stride}, max(l, t, r, b) {lowest:.0f} .. {highest:.0f}: {title}"
+            ImageDraw.Draw(picture).text((left, top - 6), title, "black", ImageFont.load_default(16), "ls")
+    return picture
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw which location learns which box.")
+    parser.add_argument("image_id", type=int, nargs="?", help="image of the data set (default: its first one)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="COCO-format data set (default: a drawn example)")
+    parser.add_argument("--split", default="val2017", help="of the data set (default: val2017)")
+    parser.add_argument("--out", type=Path, default="runs/assign.png", metavar="FILE", help="default: runs/assign.png")
+    args = parser.parse_args(argv)
+    if args.image_id is not None and args.data is None:
+        parser.error("IMAGE_ID needs --data")
+    image, boxes = read(args.data, args.split, args.image_id) if args.data else example()
+    locations, labels = make_locations(image.height, image.width), torch.arange(len(boxes))
+    columns = {title: assign_targets(locations, [boxes], [labels], radius)
+               for title, radius in (("whole box", None), ("center sampling 1.5", 1.5))}
+    print("positive locations       " + "".join(f"{title:<30}" for title in columns))
+    print("box                  " + 2 * "    P3    P4    P5    P6    P7")
+    for g, (w, h) in enumerate((boxes[:, 2:] - boxes[:, :2]).tolist()):
+        counts = [((t.labels[0] == g) & (locations.stride == s)).sum() for t in columns.values() for s in STRIDES]
+        print(f"{COLOURS[g % 6]:<12}{f'{w:.0f} x {h:.0f}':<9}" + "".join(f"{count:6}" for count in counts))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(image, boxes, locations, columns).save(args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"error: {error}; python data.py DIR checks a data set")

@@ -1,5 +1,6 @@
 """Which location learns which box: every rule by hand, then thousands of random cases against the definition."""
 
+import json
 import math
 import random
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
+import assign as our
 from assign import STRIDES, assign_targets, make_locations
 
 
@@ -174,3 +177,31 @@ print(run(500) - run(1)) if run(1) else None
 """
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(printed) < 30, f"{printed} MB more"
+
+
+def test_the_demo_counts_what_the_definition_says_and_draws_a_row_for_each_level(tmp_path, capsys):
+    our.main(["--out", str(tmp_path / "new" / "assign.png")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:-1]]
+    image, boxes = our.example()
+    locations = make_locations(image.height, image.width)
+    labels = [by_definition(locations, boxes, torch.arange(len(boxes)), radius)[0] for radius in (None, 1.5)]
+    for g, row in enumerate(rows):
+        expected = [((label == g) & (locations.stride == s)).sum().item() for label in labels for s in STRIDES]
+        assert [int(count) for count in row[-10:]] == expected
+    with Image.open(tmp_path / "new" / "assign.png") as picture:
+        assert len(rows) == len(boxes) and picture.size == (972, 4 * 250)
+
+
+def test_the_demo_draws_an_image_of_a_data_set_and_refuses_an_unknown_one_in_a_sentence(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    Image.new("RGB", (96, 64)).save(tmp_path / "val2017" / "a.jpg")
+    boxes = [{"image_id": 7, "bbox": [8, 8, 40, 40]}, {"image_id": 7, "bbox": [0, 0, 90, 60], "iscrowd": 1}]
+    content = {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": boxes}
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    assert our.read(tmp_path, "val2017", 7)[1].tolist() == [[8, 8, 48, 48]]
+    our.main(["7", "--data", str(tmp_path), "--out", str(tmp_path / "7.png")])
+    with Image.open(tmp_path / "7.png") as picture:
+        assert picture.size == (972, 320 + 34)
+    ended = subprocess.run([sys.executable, our.__file__, "8", "--data", tmp_path], capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "split val2017 has no image 8" in ended.stderr
