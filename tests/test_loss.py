@@ -1,11 +1,14 @@
 """What a prediction costs: closed forms in float64, derivatives, and normalisers that do not see how a batch is split."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+import loss as our
 from assign import Targets
 from loss import BOX_LOSSES, Totals, box_loss, centerness_target, fcos_loss, focal_loss, totals
 
@@ -154,3 +157,23 @@ def test_box_loss_in_strides_divides_both_boxes():
 def test_a_confident_wrong_background_costs_more_than_a_shy_one():
     labels = torch.tensor([-1])
     assert focal_loss(torch.tensor([[3.0]]), labels) > 50 * focal_loss(torch.tensor([[-1.0]]), labels)
+
+
+def test_the_demo_prints_closed_forms_with_their_slopes_and_draws_them(tmp_path, capsys):
+    our.main(["--out", str(tmp_path / "new" / "loss.png")])
+    target, examples = (20.0,) * 4, capsys.readouterr().out.split("\n\n")[1:-1]
+    assert len(examples) == 6
+    for head, *lines in (example.splitlines() for example in examples):
+        pred = [float(v) for v in re.search(r"\[(.*)\]", head)[1].split(",")]
+        overlaps = [f"{1 - closed_form(pred, target, kind):.3f}" for kind in ("linear_iou", "giou")]
+        assert re.findall(r"IoU (\S+\d)", head) == overlaps
+        for kind, line in zip(BOX_LOSSES, lines, strict=True):
+            value, *slopes = map(float, re.findall(r"-?\d+\.\d+", line))
+            assert line.startswith(f"  {kind} ") and len(slopes) == 4
+            assert value == pytest.approx(closed_form(pred, target, kind), abs=1e-4)
+            for i, slope in enumerate(slopes):
+                low, high = ([v + step * (i == k) for k, v in enumerate(pred)] for step in (-1e-4, 1e-4))
+                central = (closed_form(high, target, kind) - closed_form(low, target, kind)) / 2e-4
+                assert slope == pytest.approx(central, abs=1e-4)
+    with Image.open(tmp_path / "new" / "loss.png") as picture:
+        assert picture.size == (960, 620)
