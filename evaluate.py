@@ -392,17 +392,22 @@ def ticks(values) -> np.ndarray:
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
-def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out, **options) -> dict | None:
+def check_categories(annotations: Annotations, ids: list[int], names: list[str]):
+    """Refuse data whose categories are not the detector's."""
+    theirs, ours = dict(zip(annotations.category_ids, annotations.category_names)), dict(zip(ids, names))
+    if theirs != ours:
+        raise DataError(f"{annotations.path}: its categories are not the detector's; there {theirs}, the detector knows {ours}; "
+                        "name the data that it was trained for, or give both the same categories")
+
+
+def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out=None, **options) -> dict | None:
     """Evaluate on a data set; on rank 0 returns the metrics.
 
-    Writes `out`/detections.png and, in `out`/eval, results.json (COCO's results format), metrics.json,
-    precision_recall.png and the grids of `draw_verdicts`.
+    With a folder `out`, prints them and writes `out`/detections.png and, in `out`/eval, results.json (COCO's results
+    format), metrics.json, precision_recall.png and the grids of `draw_verdicts`.
     """
-    annotations, names, out = dataset.annotations, categories["names"], Path(out)
-    if (annotations.category_ids, annotations.category_names) != (categories["ids"], names):
-        raise DataError(f"{annotations.path}: its categories are not the detector's; there "
-                        f"{dict(zip(annotations.category_ids, annotations.category_names))}, in the checkpoint "
-                        f"{dict(zip(categories['ids'], names))}")
+    annotations, names = dataset.annotations, categories["names"]
+    check_categories(annotations, **categories)
     results = detect_all(detector, dataset, **options)
     if results is None:
         return None
@@ -411,6 +416,9 @@ def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out, **
         print(f"{annotations.path}: some annotation ids are missing, below 1, or there twice; numbered anew for this evaluation")
     evaluation = coco_evaluation(annotations, results)
     metrics = coco_metrics(evaluation, annotations, results)
+    if out is None:
+        return metrics
+    out = Path(out)
     print_metrics(metrics)
     for sentence in explain(metrics, annotations, results):
         print(sentence, flush=True)

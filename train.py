@@ -3,7 +3,8 @@
     python train.py                                                         demo on generated data, run in runs/demo
     python train.py demo --data DIR                                         demo's detector on a COCO-format data set
     torchrun --standalone --nproc-per-node 8 train.py fcos_R_50_FPN_1x_center_giou --data /data/coco
-    python train.py --resume --run-dir runs/demo                                go on after an interruption
+    python train.py --resume --run-dir runs/demo                            go on after an interruption
+    python train.py --plot runs/demo runs/other                             loss and AP curves over one another
     python train.py --help                                                  every option, with unit and default
 
 One global batch (16 images) makes a step, however it is split over processes and accumulation steps:
@@ -104,7 +105,7 @@ PRESETS = {
                           short_side=280, long_side=440, enlarge=False, **improved),
         data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
         lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0, num_workers=0,
-        eval_every=400),
+        eval_every=200),
     "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
     "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
     "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),
@@ -279,6 +280,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
     if len(images) == 0:
         raise DataError(f"{annotations.path}: no image has a box that can be learned")
+    if rank == 0:  # now rather than when evaluation would fail
+        evaluate.check_categories(data.open_split(config.data, run, "val", config.val_split).annotations, **categories)
     say(data.describe_dropped(dataset))
     config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
     if config.epochs > 0:
@@ -393,12 +396,15 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
 
 
 def evaluate_step(model, categories, config: TrainConfig, run: Path, device, step: int):
-    """Evaluate on the validation split, and record the figures of this step."""
+    """Evaluate on the validation split, and record the figures of this step. The report is written at the end alone."""
     validation = data.open_split(config.data, run, "val", config.val_split)
-    metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, run)
+    out = run if step == config.steps else None
+    metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out)
     if metrics:  # on rank 0
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | metrics["figures"]) + "\n")
+        if not out:
+            say(f"step {step}/{config.steps} | " + " ".join(f"{name} {metrics['figures'][name]:.3f}" for name in ("AP", "AP50", "AP75")))
 
 
 def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
@@ -408,6 +414,22 @@ def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
                                                          "image_ids": image_ids}))
     raise DataError(f"the loss is not finite at step {step} (lr {lr:g}, {', '.join(f'{k} {v}' for k, v in losses.items())}; images "
                     f"{image_ids}, also in {run / 'non_finite.json'}); lower --lr, or look at these images' boxes, and go on with --resume")
+
+
+def plot(runs: list[str], path="runs/curves.png"):
+    """Draw the loss and the AP of one or more runs over one another."""
+    loss, ap = {}, {}
+    for run in runs:
+        file = Path(run) / "metrics.jsonl"
+        if not file.exists():
+            raise DataError(f"{file}: no such file; name folders of runs, such as {' '.join(map(str, Path('runs').glob('*/'))) or 'runs/demo'}")
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        loss[Path(run).name] = list(zip(*[(line["step"], sum(line[name] for name in LOSSES)) for line in lines if "cls" in line]))
+        ap[Path(run).name] = list(zip(*[(line["step"], line["AP"]) for line in lines if "AP" in line]))
+    panels = [(title, "step", {run: curve for run, curve in curves.items() if curve}) for title, curves in (("loss", loss), ("AP", ap))]
+    Path(path).parent.mkdir(exist_ok=True)
+    evaluate.draw_curves(path, [panel for panel in panels if panel[2]])
+    print(path)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -423,6 +445,7 @@ def parse_arguments(argv):
     parser.add_argument("--run-dir", dest="run", help=f"folder of the run (default: runs/{name})", default=f"runs/{name}")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN, with its configuration")
     parser.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="train nothing; draw the loss and AP curves of these runs")
     parser.add_argument("--skip-eval", action="store_true", help="do not evaluate after training")
     for group, owner in (("training", config), ("model", config.model)):
         group = parser.add_argument_group(group)
@@ -484,6 +507,8 @@ def set_up(args) -> tuple[TrainConfig, bool]:
 
 def main():
     args = parse_arguments(sys.argv[1:])
+    if args.plot:
+        return plot(args.plot)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -492,7 +517,7 @@ def main():
     run = Path(args.run)
     if int(os.environ.get("RANK", 0)) == 0:
         run.mkdir(parents=True, exist_ok=True)
-        data.open_split(config.data, run, "val", config.val_split)  # generates shapes, and fails now if evaluation would
+        data.open_split(config.data, run, "val", config.val_split)  # generates shapes
     if dist.is_initialized():
         dist.barrier()
     model, categories, config = train(config, run, device, resume, args.init_from)

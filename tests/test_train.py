@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -214,6 +216,24 @@ def test_training_ends_with_the_evaluation_and_both_are_in_metrics_jsonl(dataset
     *steps, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2] and last["step"] == 2 and 0 <= last["AP50"] <= 1
     assert re.search(r"waiting for data \d+% \| \d+\.\d GB \|", output) and (tmp_path / "detections.png").exists()
+
+
+def test_evaluations_on_the_way_change_nothing_and_curves_are_drawn_of_them(dataset, uninterrupted, tmp_path, monkeypatch):
+    output = run_to_end(*TINY, "--data", dataset, "--run-dir", tmp_path / "run", "--eval-every", 10)
+    assert_same_bits(tmp_path / "run", uninterrupted)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "AP" in line] == [10, 20] and "step 20/30 | AP " in output
+    monkeypatch.chdir(tmp_path)
+    train.plot([tmp_path / "run", uninterrupted])
+    assert min(Image.open("runs/curves.png").size) > 300
+
+
+def test_train_and_val_of_different_categories_stop_before_training(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    val = tmp_path / "data" / "annotations" / "instances_val.json"
+    val.write_text(val.read_text().replace("ellipse", "oval"))
+    code, output = finish(start(*TINY, "--data", tmp_path / "data", "--run-dir", tmp_path / "run"))
+    assert code == 1 and "'oval'" in output and "'ellipse'" in output and not evaluate.checkpoints_of(tmp_path / "run")
 
 
 def test_a_finished_run_says_so_and_another_never_overwrites_it(dataset, uninterrupted):
