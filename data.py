@@ -15,6 +15,7 @@ sentence with the remedy. What is doubtful (a box without area) is left out of t
 
 `shapes` is a generated data set, written as JPEG files and JSON, that goes through the same reader.
 
+    python data.py                            describe and draw the generated data set
     python data.py DIR                        describe a data set and its problems: its train and its val split
     python data.py DIR --images               decode every image as well, and compare the files of the two splits
     python data.py DIR --split train --fix OUT.json     write a copy without what cannot be learned
@@ -717,29 +718,48 @@ def describe(dataset: CocoDataset, short_side, long_side, enlarge, radius) -> st
 
 def draw_examples(dataset: CocoDataset, path, count=12, side=320):
     """Write a picture of random images with their boxes to learn."""
-    tiles, a = [], dataset.annotations
+    tiles = []
     for i in np.random.default_rng(0).permutation(len(dataset)):
         try:
             image = dataset.image(i)
         except DataError:  # told elsewhere
             continue
         size, (first, last) = resized(*image.shape[1:], side, side), dataset.boxes.first[i:i + 2]
-        scale = torch.tensor(size) / torch.tensor(image.shape[1:])                            # (2,): height, width
-        image = transforms.resize(image, list(size), antialias=True)
-        if last > first:
-            box = torch.from_numpy(dataset.boxes.boxes[first:last]) * scale.flip(0).repeat(2)
-            labels = dataset.boxes.labels[first:last]
-            colours = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 1, 0.9)) for label in labels]
-            image = draw_bounding_boxes(image, box, [ascii(a.category_names[label])[1:-1] for label in labels], colors=colours)
+        scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]]).repeat(2)
+        boxes = torch.from_numpy(dataset.boxes.boxes[first:last]) * scale
         tile = torch.full((3, side, side), 255, dtype=torch.uint8)
-        tile[:, :size[0], :size[1]] = image
+        tile[:, :size[0], :size[1]] = draw_boxes(transforms.resize(image, list(size), antialias=True), boxes,
+                                                 dataset.boxes.labels[first:last], dataset.annotations.category_names)
         tiles.append(tile)
         if len(tiles) == count:
             break
     if tiles:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_png(make_grid(tiles, nrow=4, padding=6, pad_value=255), str(path))
-        print(f"  {len(tiles)} images with their boxes: {path}\n")
+        print(f"  {len(tiles)} images with their boxes: {path}")
+
+
+def draw_batches(dataset: CocoDataset, path, short_side, long_side, enlarge, steps=3, batch_size=4, width=1280):
+    """Write a picture of training batches as the network sees them: sized, flipped, on their canvas (black: padding)."""
+    sampler = TrainSampler(dataset.annotations.sizes, dataset.with_boxes(), batch_size, 0,
+                           (round(0.8 * short_side), short_side), long_side, enlarge)
+    rows = []
+    for step in range(steps):
+        batch = dataset.__getitems__(sampler.global_batch(step))
+        scale = width / batch_size / batch.images.shape[3]
+        images = transforms.resize(batch.images, [round(batch.images.shape[2] * scale), width // batch_size], antialias=True)
+        tiles = [draw_boxes(image, boxes * scale, labels.numpy(), dataset.annotations.category_names)
+                 for image, boxes, labels in zip(images, batch.boxes, batch.labels)]
+        rows.append(make_grid(tiles, nrow=batch_size, padding=3, pad_value=255))            # (3, h, w)
+    write_png(torch.cat(rows, dim=1), str(path))
+    print(f"  {steps} batches of {batch_size} as the network would see them, with sizes of 80% to 100%: {path}")
+
+
+def draw_boxes(image: Tensor, boxes: Tensor, labels: np.ndarray, names) -> Tensor:
+    if len(boxes) == 0:
+        return image
+    colours = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 1, 0.9)) for label in labels]
+    return draw_bounding_boxes(image, boxes, [ascii(names[label])[1:-1] for label in labels], colors=colours,
+                               fill_labels=True, label_colors="white")
 
 
 def write_fixed(dataset: CocoDataset, out, without=()):
@@ -859,7 +879,16 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
         found, bad, hashes = check_images(dataset)
         problems += found
     print(describe(dataset, args.short_side, args.long_side, args.enlarge, args.center_radius) + "\n")
-    draw_examples(dataset, Path(args.out) / f"{split_of(json_file)}.png")
+    split, out = split_of(json_file), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_examples(dataset, out / f"{split}.png")
+    if len(dataset.with_boxes()) and len(bad) == 0 and not any(p.stops for p in problems):
+        try:
+            draw_batches(dataset, out / f"{split}_batches.png", args.short_side, args.long_side, args.enlarge)
+        except DataError as error:
+            problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], "stops where it meets it",
+                                    "see there; --images looks at all of them", stops=True))
+    print()
     if args.fix:
         write_fixed(dataset, args.fix, bad)
     return dataset, hashes, problems
@@ -873,7 +902,8 @@ def print_problems(problems: list[Problem]):
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Check a COCO-format data set: what would training do with it?")
-    parser.add_argument("dir", help="folder with annotations/instances_<split>.json and the image folders")
+    parser.add_argument("dir", nargs="?", help="folder with annotations/instances_<split>.json and the image folders (default: "
+                        "generated shapes)")
     parser.add_argument("--split", help="check this one alone (default: the train and the val split that training takes)")
     parser.add_argument("--images", action="store_true", help="decode every image as training does, and compare files by content")
     parser.add_argument("--fix", metavar="OUT.json", help="write a copy of the split's JSON without what cannot be used")
@@ -889,6 +919,9 @@ def main(argv=None) -> int:
         raise DataError("--fix repairs one file; name it with --split")
     if min(args.short_side, args.long_side) < 1 or args.center_radius is not None and not args.center_radius > 0:
         raise DataError("--short-side, --long-side and --center-radius must be > 0")
+    if args.dir is None:
+        args.dir = Path(args.out) / "shapes"
+        make_shapes(args.dir)
     checked, problems = {}, []
     for kind in ("train", "val") if args.split is None else ("split",):
         try:

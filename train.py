@@ -73,7 +73,7 @@ class TrainConfig:
     train_short_sides: tuple[int, int] = option((800, 800), "pixels; range from which each image's short side is drawn")
     flip: float = option(0.5, "probability of a horizontal flip")
     seed: int = option(0, "of the initial weights and of all that the sampler draws")
-    canvas_sides: int = option(4, "different lengths of a padded side; few: the network is compiled a few times; 0: any multiple of 32")
+    canvas_sides: int = option(4, "lengths that the side of a batch may be padded to; few, as each shape is compiled; 0: any multiple of 32")
     precision: str = option("auto", "of the network; auto: bf16 where the hardware has it. Losses are always fp32", ("auto", "bf16", "fp32"))
     compile: str = option("auto", "torch.compile the network; auto: on a GPU", ("auto", "on", "off"))
     # in what portions; nothing from here on changes what is learned
@@ -318,7 +318,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
             f"{run}: going on from step {first_step}")
     network = model
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        network = torch.compile(network, dynamic=False)  # once for every shape of canvas, hence `canvas_sides`
+        torch._dynamo.config.recompile_limit = max(8, config.canvas_sides ** 2)
+        network = torch.compile(network, dynamic=False)  # once for every shape of canvas
     if world > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)
