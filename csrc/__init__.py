@@ -202,8 +202,9 @@ def available() -> bool:
         torch.ops.load_library(library())
         return True
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logging.getLogger(__name__).warning(
-            "csrc: no CUDA kernels: %s. Going on with torchvision's nms and plain PyTorch; see python -m csrc",
+        level = logging.WARNING if os.environ.get("LOCAL_RANK", "0") == "0" else logging.DEBUG  # once, not for every GPU
+        logging.getLogger(__name__).log(
+            level, "csrc: no CUDA kernels: %s. Going on with torchvision's nms and plain PyTorch; see python -m csrc",
             str(error).partition("\n")[0])
         return False
 

@@ -36,6 +36,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
@@ -48,7 +49,7 @@ sys.path.insert(0, str(ROOT))
 import csrc  # noqa: E402
 import data  # noqa: E402
 from assign import Targets, assign_targets, make_locations  # noqa: E402
-from model import FCOS, Detector, ModelConfig, bf16_is_fast, convert  # noqa: E402
+from model import FCOS, Detector, ModelConfig, bf16_is_fast, convert, dtype_of  # noqa: E402
 from train import PRESETS, build_optimizer, training_step  # noqa: E402
 
 CLASSES = 80
@@ -143,6 +144,29 @@ def boxes_in(N, G, height, width):
     return list(torch.cat([corner, corner + size], dim=-1)), list(labels)
 
 
+def convolution(device):
+    """The limit: a 3 x 3 convolution of 256 channels, which is most of the head, in the precision that ours takes.
+
+    Returns a function that runs it, and what it computes, in GFLOP (two for a multiply-add).
+    """
+    dtype = dtype_of("auto", torch.device(device))
+    layer = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    x = torch.randn(1, 256, 100, 152).to(device, dtype, memory_format=torch.channels_last)
+    return torch.inference_mode()(lambda: layer(x)), gflop(lambda: layer(x))
+
+
+def gflop(run) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def against_limit(times, work, limit_work) -> str:
+    """How near `times["ours"]` is to the speed of `convolution`, `times["limit"]`; works in GFLOP, times in ms."""
+    ours, limit = (1000 * w / statistics.median(times[side]) for side, w in (("ours", work), ("limit", limit_work)))
+    return f"ours {ours:.0f} GFLOP/s, {ours / limit:.0%} of a 3 x 3 convolution's {limit:.0f}"
+
+
 # --- inference --------------------------------------------------------------------------------------------------------
 
 def inference(device="cpu", height=800, width=1216, bars=(">= 4x", ">= 1.2x"), absolute="", **turns):
@@ -170,7 +194,9 @@ def inference(device="cpu", height=800, width=1216, bars=(">= 4x", ">= 1.2x"), a
     sides = {"ours": ours, "defaults": runner(theirs(False), False), "bf16": runner(theirs(True), True),
              "fused": runner(theirs(True, nn.BatchNorm2d), True)}
     note = "boxes found: " + ", ".join(f"{name} {len(run())}" for name, run in sides.items())
-    times = take_turns(sides, device, **turns)
+    limit, limit_work = convolution(device)
+    times = take_turns(sides | {"limit": limit}, device, **turns)
+    note += "; " + against_limit(times, gflop(ours), limit_work)
     name = f"inference {height} x {width} {device}: "
     if absolute:
         yield row(name + "an image, end to end", "ms", times["ours"], bar=absolute)
@@ -243,7 +269,9 @@ def training(N=2, height=512, width=672, G=20, **turns):
              "bf16": torchvision_step(images, boxes, labels, "cpu", **fast),
              "fused": torchvision_step(images, boxes, labels, "cpu", **fast, norm=nn.BatchNorm2d)}
     note = "losses: " + ", ".join(f"{name} {run():.3f}" for name, run in sides.items())
-    times = take_turns(sides, **turns)
+    limit, limit_work = convolution("cpu")
+    times = take_turns(sides | {"limit": limit}, **turns)
+    note += "; " + against_limit(times, gflop(sides["ours"]), limit_work)
     name = f"training step {N} x {height} x {width}: "
     yield row(name + "torchvision, defaults", "ms", times["ours"], times["defaults"], ">= 4x", note)
     yield row(name + "torchvision, bf16, channels_last", "ms", times["ours"], times["bf16"], ">= 1.2x")
