@@ -37,8 +37,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 import data
 from data import Annotations, CocoDataset, DataError
-from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detections, Detector, ModelConfig, cut, published_checkpoint,
-                   suppress)
+from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detections, Detector, ModelConfig, cut, load_file,
+                   published_checkpoint, suppress)
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -70,7 +70,7 @@ def load_checkpoint(path) -> dict:
         raise DataError(f"{path}: no checkpoint-*.pt here; train first, or name another run or file")
     for file in candidates:
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = load_file(file)
         except FileNotFoundError:
             raise DataError(f"{file}: no such run folder or checkpoint") from None
         except Exception as error:  # whatever a damaged archive makes the unpickler raise

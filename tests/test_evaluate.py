@@ -301,6 +301,17 @@ def test_prediction_reports_bad_files_does_the_others_and_exits_non_zero(tmp_pat
                      "turned.jpg": (30, 40)}
 
 
+def test_a_checkpoint_with_a_flipped_bit_among_its_weights_is_passed_over(tmp_path, capsys):
+    older, newest = (save_detector(tmp_path / f"checkpoint-000000{step}.pt") for step in (1, 2))
+    scales = torch.load(newest, weights_only=True)["model"]["scales"].numpy().tobytes()
+    content = bytearray(newest.read_bytes())
+    content[content.index(scales)] ^= 1
+    newest.write_bytes(content)
+    assert torch.load(newest, weights_only=True)["model"]["scales"][0] != 1  # PyTorch does not notice
+    assert evaluate.load_checkpoint(tmp_path)["model"]["scales"].tolist() == [1] * 5
+    assert f"{newest}: damaged" in capsys.readouterr().err and older.exists()
+
+
 @pytest.mark.parametrize("options, sentence", [
     (["nowhere"], "nowhere: no such run folder or checkpoint"),
     (["tests"], "tests: no checkpoint-*.pt here"),

@@ -753,6 +753,26 @@ def test_a_file_of_something_else_is_an_error_that_names_it(tmp_path, monkeypatc
     assert not (tmp_path / "model.pt").exists()
 
 
+def test_a_bit_that_flips_in_a_file_is_noticed_or_means_nothing(tmp_path):
+    file, state = tmp_path / "model.pt", nn.Conv2d(2, 3, 3).state_dict()
+    torch.save({"model": state}, file)
+    content, outcomes = file.read_bytes(), []
+    flips = [(at, 1 << at % 8) for at in range(0, len(content), 3)]  # in data, names, sizes, checksums and padding
+    marked_as_folder = [(m.start() + 38, 0x10) for m in re.finditer(b"PK\1\2", content)]  # PyTorch would read such a record as empty
+    for at, bit in flips + marked_as_folder:
+        mutated = bytearray(content)
+        mutated[at] ^= bit
+        file.write_bytes(mutated)
+        try:
+            loaded = load_weights(file)
+            assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state), (at, bit)
+            outcomes.append("nothing")
+        except ConfigError as error:
+            assert str(error).startswith(f"{file}: damaged, or not a file of PyTorch")
+            outcomes.append("noticed")
+    assert outcomes.count("noticed") > 300 and set(outcomes[-len(marked_as_folder):]) == {"noticed"}
+
+
 @pytest.mark.parametrize("form,other", [("torchvision", "fcos_plus"), ("fcos_plus", "torchvision")])
 def test_weights_of_one_form_are_refused_as_another(theirs, maskrcnn, form, other):
     weights = theirs.state_dict() if form == "torchvision" else maskrcnn
