@@ -25,8 +25,9 @@ import json
 import math
 import re
 import sys
+import typing
 import zipfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,36 +50,74 @@ class ConfigError(ValueError):
     """A configuration that cannot be built; the message is one sentence with the remedy."""
 
 
-def option(default, help, choices=None):
-    """A field of a configuration that `train.py --help` documents."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+LIMITS = {  # what the numbers of an option must be: in words -> test
+    ">= 0": lambda *numbers: min(numbers) >= 0,
+    "> 0": lambda *numbers: min(numbers) > 0,
+    ">= 1": lambda *numbers: min(numbers) >= 1,
+    "in [0, 1]": lambda number: 0 <= number <= 1,
+    "in [0, 5]": lambda number: 0 <= number <= 5,
+    "a multiple of 8": lambda number: number > 0 and number % 8 == 0,
+    ">= 1, lower first": lambda low, high: 1 <= low <= high,
+}
+
+
+def option(default, help, valid=">= 0"):
+    """A field of a configuration that `train.py --help` documents. `valid`: of a number a key of LIMITS, of a text the choices."""
+    return field(default=default, metadata={"help": help, "valid": valid})
+
+
+def check(config):
+    """A ConfigError for the first value that cannot be meant, be it from the command line, from a checkpoint or from code."""
+    for f in fields(config):
+        value, valid = getattr(config, f.name), f.metadata.get("valid")
+        numbers = [v for v in (value if type(value) is tuple else [value]) if type(v) in (int, float)]
+        finite = all(abs(v) < (2**32 if type(v) is int else math.inf) for v in numbers)
+        if not is_of_type(value, f.type):
+            must = f"be of type {getattr(f.type, '__name__', f.type)}"
+        elif type(valid) is tuple and value not in valid:
+            must = f"be one of {', '.join(valid)}"
+        elif numbers and not (finite and LIMITS[valid](*numbers)):
+            must = f"be {valid}" + ", finite, and if whole below 2 ** 32" * (not finite)
+        else:
+            continue
+        raise ConfigError(f"--{f.name.replace('_', '-')} {value!r:.80}: must {must} ({f.metadata.get('help')})")
+
+
+def is_of_type(value, kind) -> bool:
+    """Whether a value is what a field's annotation says; a whole number is a number, too."""
+    of = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return type(value) is tuple and len(value) == len(of) and all(map(is_of_type, value, of))
+    return any(is_of_type(value, one) for one in of) if of else type(value) is kind or (type(value), kind) == (int, float)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """All that a checkpoint needs to be rebuilt and run. Defaults: FCOS as first published."""
-    num_classes: int = 80
+    num_classes: int = option(80, "as many as the data set has", ">= 1")
     backbone: str = option("resnet50", "a torchvision ResNet, ResNeXt or Wide ResNet", BACKBONES)
     backbone_norm: str = option("frozen_batch", "frozen_batch: pretrained; group: learned from scratch", ("frozen_batch", "group"))
     stride_in_1x1: bool = option(False, "whether a bottleneck halves the image in its first 1x1 convolution (Caffe ResNets)")
-    frozen_stages: int = option(2, "backbone stages that do not learn: 0 none, 1 the stem, 2 stem and layer1, ...")
-    channels: int = option(256, "channels of the pyramid and the head")
+    frozen_stages: int = option(2, "backbone stages that do not learn: 0 none, 1 the stem, 2 stem and layer1, ...", "in [0, 5]")
+    channels: int = option(256, "channels of the pyramid and the head", "a multiple of 8")
     tower_depth: int = option(4, "convolutions in each tower of the head")
     centerness_on_box_tower: bool = option(False, "centerness from the box tower (improved), not the classification tower")
     box_unit: str = option("pixel", "pixel: ltrb = exp(s * x); stride (improved): relu(s * x) * stride", ("pixel", "stride"))
-    location_offset: float = option(0.5, "place of a location in its cell, in strides (torchvision: 0)")
+    location_offset: float = option(0.5, "place of a location in its cell, in strides (torchvision: 0)", "in [0, 1]")
     location_spacing: str = option("stride", "of detections; even: as torchvision's, see `evenly_spaced`", ("stride", "even"))
     pixel_mean: tuple[float, float, float] = option((123.675, 116.28, 103.53), "RGB, 0..255")
-    pixel_std: tuple[float, float, float] = option((58.395, 57.12, 57.375), "RGB, 0..255")
-    short_side: int = option(800, "pixels, of a test image after resizing")
-    long_side: int = option(1333, "pixels, at most, though the short side gets shorter")
+    pixel_std: tuple[float, float, float] = option((58.395, 57.12, 57.375), "RGB, 0..255", "> 0")
+    short_side: int = option(800, "pixels, of a test image after resizing", ">= 1")
+    long_side: int = option(1333, "pixels, at most, though the short side gets shorter", ">= 1")
     enlarge: bool = option(True, "whether smaller images are enlarged to that size")
-    score_threshold: float = option(0.05, "lowest score of a candidate")
+    score_threshold: float = option(0.05, "lowest score of a candidate", "in [0, 1]")
     threshold_on: str = option("class", "score that it is compared with: class, or final (torchvision)", ("class", "final"))
     sqrt_score: bool = option(False, "final score: square root of class * centerness (improved), not the product")
-    candidates_per_level: int = option(1000, "best ones that enter NMS")
-    nms_iou: float = option(0.6, "a box that overlaps a better one of its class by more is dropped")
-    max_detections: int = option(100, "per image")
+    candidates_per_level: int = option(1000, "best ones that enter NMS", ">= 1")
+    nms_iou: float = option(0.6, "a box that overlaps a better one of its class by more is dropped", "in [0, 1]")
+    max_detections: int = option(100, "per image", ">= 1")
+
+    __post_init__ = check
 
 
 class Outputs(NamedTuple):
@@ -130,8 +169,6 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, weights: str = "none"):
         super().__init__()
-        if config.backbone not in BACKBONES:
-            raise ConfigError(f"backbone {config.backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
         frozen_norm = config.backbone_norm == "frozen_batch"
         # Groups of 16 channels (arXiv:1803.08494, Sec. 4.1): on a CPU, smaller ones make the backward pass several times slower.
         norm_layer = torchvision.ops.FrozenBatchNorm2d if frozen_norm else lambda channels: nn.GroupNorm(channels // 16, channels)

@@ -43,7 +43,7 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, dtype_of, option
+from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, check, dtype_of, option
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -57,21 +57,21 @@ class TrainConfig:
     val_split: str | None = option(None, "default: val2017, else the only val* split")
     backbone_weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a state dict file")
     # what is learned
-    center_radius: float | None = option(None, "center sampling radius in strides; none: the whole box is positive")
+    center_radius: float | None = option(None, "center sampling radius in strides; none: the whole box is positive", "> 0")
     box_loss: str = option("iou", "loss of a box", BOX_LOSSES)
     # how long, how fast
-    batch_size: int = option(16, "images of one step, over all processes")
-    steps: int = option(90_000, "optimizer steps, at most")
+    batch_size: int = option(16, "images of one step, over all processes", ">= 1")
+    steps: int = option(90_000, "optimizer steps, at most", ">= 1")
     epochs: float = option(0.0, "passes over the data, at most; 0: any number")
     optimizer: str = option("sgd", "sgd, with momentum 0.9, or adamw", ("sgd", "adamw"))
-    lr: float = option(0.01, "learning rate of weights; biases learn at twice this rate")
+    lr: float = option(0.01, "learning rate of weights; biases learn at twice this rate", "> 0")
     weight_decay: float = option(1e-4, "of weights; biases have none")
     warmup_steps: int = option(500, "steps at a third of the learning rate")
     schedule: str = option("step", "step: x 0.1 at 2/3 and at 8/9 of the steps; cosine: to 0", ("step", "cosine"))
     grad_clip: float = option(0.0, "largest norm of the gradient; 0: any")
     # what is seen
-    train_short_sides: tuple[int, int] = option((800, 800), "pixels; range from which each image's short side is drawn")
-    flip: float = option(0.5, "probability of a horizontal flip")
+    train_short_sides: tuple[int, int] = option((800, 800), "pixels; range of each image's short side", ">= 1, lower first")
+    flip: float = option(0.5, "probability of a horizontal flip", "in [0, 1]")
     seed: int = option(0, "of the initial weights and of all that the sampler draws")
     canvas_sides: int = option(4, "lengths that the side of a batch may be padded to; few, as each shape is compiled; 0: any multiple of 32")
     precision: str = option("auto", "of the network; auto: bf16 where the hardware has it. Losses are always fp32", ("auto", "bf16", "fp32"))
@@ -80,10 +80,12 @@ class TrainConfig:
     images_per_gpu: int = option(0, "most images at once on a device, the rest is accumulated; 0: any")
     accumulate: int = option(0, "portions of a process's share of the batch; 0: as few as --images-per-gpu allows")
     num_workers: int = option(2, "data loading processes per training process; 0: none")
-    log_every: int = option(20, "steps between two progress lines and entries of metrics.jsonl")
+    log_every: int = option(20, "steps between two progress lines and entries of metrics.jsonl", ">= 1")
     eval_every: int = option(0, "steps between two evaluations on the way; 0: none before the end")
-    checkpoint_every: int = option(1000, "steps between two checkpoints")
+    checkpoint_every: int = option(1000, "steps between two checkpoints", ">= 1")
     checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is due in any case")
+
+    __post_init__ = check
 
 
 ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth", "centerness_on_box_tower", "box_unit",
@@ -477,8 +479,8 @@ def kind_of_option(f) -> dict:
         return {"type": lambda text: None if text == "none" else float(text), "metavar": "X"}
     if f.type == str | None:
         return {"metavar": "X"}
-    if f.metadata["choices"]:
-        return {"choices": f.metadata["choices"]}
+    if type(f.metadata["valid"]) is tuple:
+        return {"choices": f.metadata["valid"]}
     of_each = typing.get_args(f.type)  # of a tuple
     return {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
 

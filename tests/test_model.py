@@ -66,7 +66,7 @@ def test_every_backbone_builds_with_the_channels_that_it_says(name):
 
 
 def test_an_unknown_backbone_is_an_error_that_lists_the_known():
-    with pytest.raises(ConfigError, match="backbone 'resnet49' is unknown; choose one of resnet18, .*wide_resnet101_2"):
+    with pytest.raises(ConfigError, match="--backbone 'resnet49': must be one of resnet18, .*wide_resnet101_2"):
         FCOS(ModelConfig(backbone="resnet49"))
 
 

@@ -324,6 +324,34 @@ def test_every_field_of_both_configurations_is_an_option_with_help():
     assert args.config == expected
 
 
+NONSENSE = {"int": ("-1", "99999999999999999999"), "float": ("-1", "nan", "inf"), "NoneType": ("-1", "0", "nan")}  # type -> values
+NONSENSE_TOO = ["--batch-size 0", "--steps 0", "--lr 0", "--train-short-sides 0 64", "--train-short-sides 800 640", "--flip 2",
+                "--canvas-multiple 0", "--log-every 0", "--checkpoint-every 0", "--frozen-stages 6", "--channels 20", "--channels 0",
+                "--location-offset 7", "--pixel-std 0 1 1", "--pixel-mean nan 1 1", "--short-side 0", "--long-side 0",
+                "--score-threshold 2", "--candidates-per-level 0", "--nms-iou 2", "--max-detections 0"]
+
+
+def test_a_number_that_cannot_be_meant_is_refused_with_what_it_must_be():
+    given = [option.split() for option in NONSENSE_TOO]
+    for owner in (train.TrainConfig, ModelConfig):
+        for f in dataclasses.fields(owner):
+            kind = getattr(f.type, "__name__", "NoneType" if f.type == float | None else "")
+            given += [[f"--{f.name.replace('_', '-')}={value}"] for value in NONSENSE.get(kind, ()) if f.name != "num_classes"]
+    assert len(given) > 70
+    for options in given:
+        with pytest.raises(train.ConfigError, match=rf"^{options[0].split('=')[0]} .*: must be (>|in|a multiple)[^()]* \(.+\)$"):
+            train.parse_arguments(["demo", *options])
+
+
+@pytest.mark.parametrize("field, value, must", [
+    ("lr", "0.1", "of type float"), ("batch_size", 8.0, "of type int"), ("batch_size", True, "of type int"), ("data", None, "of type str"),
+    ("train_short_sides", (64,), "of type tuple"), ("train_short_sides", [64, 64], "of type tuple"), ("model", {}, "of type ModelConfig"),
+    ("val_split", 3, r"of type str \| None"), ("box_loss", "diou", "one of iou, linear_iou, giou")])
+def test_a_value_of_another_type_is_refused_wherever_it_comes_from(field, value, must):
+    with pytest.raises(train.ConfigError, match=f"^--{field.replace('_', '-')} .*: must be {must}"):
+        replace(train.PRESETS["demo"], **{field: value})
+
+
 def test_an_unknown_preset_is_answered_with_the_nearest():
     with pytest.raises(train.ConfigError, match="did you mean fcos_R_50_FPN_1x_center_giou"):
         train.parse_arguments(["fcos_R_50_FPN_1x_center_gio"])
