@@ -38,7 +38,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 import data
 from data import Annotations, CocoDataset, DataError
 from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detections, Detector, ModelConfig, cut, load_file,
-                   published_checkpoint, suppress)
+                   published_checkpoint, rebuilt, suppress)
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -76,10 +76,39 @@ def load_checkpoint(path) -> dict:
         except Exception as error:  # whatever a damaged archive makes the unpickler raise
             print(f"{file}: damaged or not a checkpoint ({type(error).__name__}), passed over", file=sys.stderr, flush=True)
             continue
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-            raise DataError(f"{file}: not a checkpoint of this version of the code")
+        check_checkpoint(checkpoint, file)
         return checkpoint
-    raise DataError(f"{path}: no undamaged checkpoint")
+    raise DataError(f"{path}: no undamaged checkpoint; name another run or file")
+
+
+def check_checkpoint(checkpoint, file):
+    """See that a checkpoint has what this code writes, and the very weights that its configuration asks for."""
+    def demand(good, what):
+        if not good:
+            raise DataError(f"{file}: {what}; use the version of the code that wrote it, or, for weights of another codebase, "
+                            "python model.py --convert")
+
+    def shapes(state):
+        return {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else "no weight"
+                for key, value in state.items()}
+
+    version = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    demand(type(version) is int and version == CHECKPOINT_FORMAT,
+           f"not a checkpoint of this version of the code (format {version!r:.80}, not {CHECKPOINT_FORMAT})")
+    for key, kind in {"step": int, "model": dict, "config": dict, "categories": dict}.items():
+        demand(isinstance(checkpoint.get(key), kind), f"its {key!r} is missing or of another type")
+    trained, categories = checkpoint["config"], checkpoint["categories"]
+    demand(isinstance(trained.get("model"), dict) and isinstance(trained.get("data"), str), "its 'config' lacks 'model' or 'data'")
+    config = rebuilt(ModelConfig, trained["model"], file)
+    with torch.device("meta"):
+        ours = shapes(FCOS(config).state_dict())
+    theirs = shapes(checkpoint["model"])
+    misfits = sorted(str(key) for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    demand(not misfits, f"its weights are not its configuration's; {len(misfits)} names or shapes differ: {', '.join(misfits[:3])}")
+    for key, kind in {"ids": int, "names": str}.items():
+        column = categories.get(key)
+        demand(isinstance(column, list) and len(column) == config.num_classes and all(type(v) is kind for v in column),
+               f"its categories have not {config.num_classes} {key}")
 
 
 def build_detector(checkpoint: dict) -> FCOS:
@@ -503,7 +532,7 @@ def main():
         trained = checkpoint["config"]
         if not (args.data or trained["data"]):
             raise ConfigError(f"{args.weights} does not say which data to judge it on; name a COCO-format folder with DATA=... (--data)")
-        dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained["val_split"])
+        dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained.get("val_split"))
         evaluate(detector, dataset, categories, args.out or run, batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
     if dist.is_initialized():
         dist.destroy_process_group()

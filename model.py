@@ -562,6 +562,18 @@ def load_file(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def rebuilt(Config, values: dict, source, remedy="use the version of the code that wrote it"):
+    """The configuration in a checkpoint. It has every field and no other: none takes today's default without a word."""
+    differ = sorted(map(str, values.keys() ^ {f.name for f in fields(Config)}))
+    try:
+        if not differ:
+            return Config(**values)
+        reason = f"{len(differ)} fields are missing or unknown: {', '.join(differ[:5])}"
+    except ConfigError as error:
+        reason = str(error)
+    raise ConfigError(f"{source}: its {Config.__name__} is not one of this version of the code ({reason}); {remedy}")
+
+
 def load_weights(path) -> dict[str, Tensor]:
     """The state dict in a file, alone or under "model". Nothing in the file is executed."""
     try:

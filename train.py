@@ -43,7 +43,7 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, check, dtype_of, option
+from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, check, dtype_of, option, rebuilt
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -149,9 +149,10 @@ def save_checkpoint(run: Path, checkpoint: dict, keep=2):
         old.unlink()
 
 
-def config_from(checkpoint: dict) -> TrainConfig:
+def config_from(checkpoint: dict, source="the checkpoint") -> TrainConfig:
     config = checkpoint["config"]
-    return TrainConfig(**config | {"model": ModelConfig(**config["model"])})
+    return rebuilt(TrainConfig, config | {"model": rebuilt(ModelConfig, config["model"], source)}, source,
+                   "go on with the version of the code that wrote it, or start another run from its weights with --init-from")
 
 
 def data_hash(dataset: data.CocoDataset) -> str:
@@ -309,12 +310,16 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     first_step = 0
     if resume:
         checkpoint = evaluate.load_checkpoint(run)
-        if checkpoint["data_hash"] != data_hash(dataset):
+        if checkpoint.get("data_hash") != data_hash(dataset):
             raise ConfigError(f"{annotations.path} is not what {run} was trained on so far; restore it, or start another run "
                               "from these weights with --init-from")
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random_state"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["random_state"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whatever another optimizer's state raises
+            raise DataError(f"{run}: its checkpoint holds weights but not what is needed to go on ({error!r:.80}); start another run "
+                            "from them with --init-from") from None
         first_step = checkpoint["step"]
         say(f"{run}: finished at step {first_step}, nothing left to train" if first_step == config.steps else
             f"{run}: going on from step {first_step}")
@@ -493,7 +498,7 @@ def set_up(args) -> tuple[TrainConfig, bool]:
         fixed = sorted(f"--{name.replace('_', '-')}" for name in args.changed.keys() - RESUMABLE)
         if args.resume and fixed:
             raise ConfigError(f"--resume goes on with the configuration of {args.run}; leave out {', '.join(fixed)}")
-        config = config_from(evaluate.load_checkpoint(args.run))
+        config = config_from(evaluate.load_checkpoint(args.run), args.run)
         return replace(config, **{k: v for k, v in args.changed.items() if k in RESUMABLE}), True
     if checkpoints:
         raise ConfigError(f"{args.run} holds a run already; go on with it (make resume RUN={args.run}), choose another folder "

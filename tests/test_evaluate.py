@@ -19,7 +19,7 @@ import data
 import evaluate
 import train
 from evaluate import Results
-from model import CHECKPOINT_FORMAT, FCOS, Detector, ModelConfig
+from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco_mini"
@@ -64,11 +64,12 @@ def detector(config=SMALL):
     return Detector(FCOS(config), torch.device("cpu"), "fp32")
 
 
-def save_detector(path, config=SMALL, root="", names=data.SHAPES):
+def save_detector(path, config=SMALL, root="", names=data.SHAPES, change=lambda checkpoint: None):
     torch.manual_seed(0)
     checkpoint = {"format": CHECKPOINT_FORMAT, "step": 0, "model": FCOS(config).state_dict(),
                   "config": asdict(train.TrainConfig(model=config, data=str(root))),
                   "categories": {"ids": list(range(1, len(names) + 1)), "names": list(names)}}
+    change(checkpoint)
     torch.save(checkpoint, path)
     return path
 
@@ -310,6 +311,40 @@ def test_a_checkpoint_with_a_flipped_bit_among_its_weights_is_passed_over(tmp_pa
     assert torch.load(newest, weights_only=True)["model"]["scales"][0] != 1  # PyTorch does not notice
     assert evaluate.load_checkpoint(tmp_path)["model"]["scales"].tolist() == [1] * 5
     assert f"{newest}: damaged" in capsys.readouterr().err and older.exists()
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda c: c.pop("format"), "not a checkpoint of this version of the code .format None, not 1.; use the version.*--convert"),
+    (lambda c: c.update(format=2), "not a checkpoint of this version of the code .format 2, not 1."),
+    *[(change, f"its '{key}' is missing or of another type") for key in ("model", "config", "categories", "step")
+      for change in (lambda c, key=key: c.pop(key), lambda c, key=key: c.update({key: "x"}))],
+    (lambda c: c["config"].pop("model"), "its 'config' lacks 'model' or 'data'"),
+    (lambda c: c["config"]["model"].pop("channels"), "its ModelConfig is not one of this version.*unknown: channels.*version"),
+    (lambda c: c["config"]["model"].update(anchors=9), "its ModelConfig .*1 fields are missing or unknown: anchors"),
+    (lambda c: c["config"]["model"].update(channels="64"), "its ModelConfig .*--channels '64': must be of type int"),
+    (lambda c: c["config"]["model"].update(backbone="vgg"), "its ModelConfig .*--backbone 'vgg': must be one of resnet18"),
+    (lambda c: c["config"]["model"].update(channels=64), "its weights are not its configuration's; [0-9]+ names or shapes differ: fpn"),
+    (lambda c: c["config"]["model"].update(num_classes=4), "its weights are not.*; 2 names or shapes differ: head.cls_logits.bias"),
+    (lambda c: c["model"].pop("scales"), "its weights are not.*; 1 names or shapes differ: scales"),
+    (lambda c: c["model"].update(scales=[1.0] * 5), "its weights are not.*; 1 names or shapes differ: scales"),
+    (lambda c: c["model"].update(scales=torch.ones(5, dtype=torch.int64)), "its weights are not.*; 1 names or shapes differ: scales"),
+    (lambda c: c["model"].update({7: torch.ones(1)}), "its weights are not.*; 1 names or shapes differ: 7"),
+    (lambda c: c["categories"].pop("ids"), "its categories have not 3 ids"),
+    (lambda c: c["categories"].update(ids=["1", "2", "3"]), "its categories have not 3 ids"),
+    (lambda c: c["categories"].update(names=["a", "b"]), "its categories have not 3 names"),
+])
+def test_a_checkpoint_that_is_not_one_of_this_code_is_refused_with_what_is_wrong(tmp_path, change, says):
+    path = save_detector(tmp_path / "model.pt", change=change)
+    with pytest.raises((data.DataError, ConfigError), match=f"^{path}: {says}") as raised:
+        evaluate.load_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [[], None, "text", torch.ones(3), {"model": {}}], ids=str)
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(data.DataError, match="other.pt: not a checkpoint of this version of the code"):
+        evaluate.load_checkpoint(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("options, sentence", [

@@ -251,6 +251,28 @@ def test_resume_refuses_another_configuration_and_a_changed_data_set(dataset, un
     assert code == 1 and "is not what" in output and "--init-from" in output
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda c: c.pop("optimizer"), "its checkpoint holds weights but not what is needed to go on .KeyError.*--init-from"),
+    (lambda c: c.update(optimizer={"state": {}, "param_groups": []}), "its checkpoint holds weights but not what is needed to go on"),
+    (lambda c: c.update(optimizer=None), "its checkpoint holds weights but not what is needed to go on"),
+    (lambda c: c.update(random_state=torch.zeros(3)), "its checkpoint holds weights but not what is needed to go on"),
+    (lambda c: c.pop("data_hash"), "is not what .* was trained on so far"),
+    (lambda c: c["config"].pop("lr"), "its TrainConfig is not one of this version.*1 fields are missing or unknown: lr.*--init-from"),
+    (lambda c: c["config"].update(momentum=0.5), "its TrainConfig is not one of this version of the code .1 fields.*: momentum"),
+    (lambda c: c["config"].update(lr="x"), "its TrainConfig is not one of this version of the code .--lr 'x': must be of type float"),
+    (lambda c: c.update(format=0), "not a checkpoint of this version of the code"),
+])
+def test_a_checkpoint_that_cannot_be_gone_on_from_says_why_and_stays(uninterrupted, tmp_path, monkeypatch, change, says):
+    checkpoint = evaluate.load_checkpoint(uninterrupted)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "checkpoint-0000030.pt")
+    before = (tmp_path / "checkpoint-0000030.pt").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--run-dir", str(tmp_path)])
+    with pytest.raises((data.DataError, train.ConfigError), match=says) as raised:
+        train.main()
+    assert "\n" not in str(raised.value) and (tmp_path / "checkpoint-0000030.pt").read_bytes() == before
+
+
 def test_checkpoints_hold_nothing_but_tensors_and_plain_types_and_two_are_kept(uninterrupted):
     checkpoint = torch.load(evaluate.checkpoints_of(uninterrupted)[0], weights_only=True)
     assert {"model", "optimizer", "step", "random_state", "config", "categories"} <= checkpoint.keys()
