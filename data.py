@@ -34,6 +34,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -126,6 +127,20 @@ def is_number(value):  # NaN and Infinity are: boxes that have them are counted,
 
 def is_text(value):
     return type(value) is str and 0 < len(value) < 500 and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+
+
+def make_folder(path, option) -> Path:
+    """A folder to write to, proven before the work whose results go there; `option` names it on the command line."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise DataError(f"{path}: no folder that can be written to ({error.strerror}); name another with {option}") from None
+    return Path(path)
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
 
 
 FIELDS = {  # what training needs: table -> field -> (test, in words, what stands for a missing one)
@@ -911,14 +926,15 @@ def main(argv=None) -> int:
     parser.add_argument("--short-side", type=int, default=800, help="pixels after resizing (default: 800)")
     parser.add_argument("--long-side", type=int, default=1333, help="pixels after resizing, at most (default: 1333)")
     parser.add_argument("--enlarge", action=argparse.BooleanOptionalAction, default=True, help="small images too")
-    parser.add_argument("--center-radius", type=lambda text: None if text == "none" else float(text), default=1.5, metavar="X",
+    parser.add_argument("--center-radius", type=number_or_none, default=1.5, metavar="X",
                         help="center sampling radius in strides, or none (default: 1.5)")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     if args.fix and not args.split:
         raise DataError("--fix repairs one file; name it with --split")
-    if min(args.short_side, args.long_side) < 1 or args.center_radius is not None and not args.center_radius > 0:
+    if min(args.short_side, args.long_side) < 1 or args.center_radius is not None and not 0 < args.center_radius < np.inf:
         raise DataError("--short-side, --long-side and --center-radius must be > 0")
+    make_folder(args.out, "--out")
     if args.dir is None:
         args.dir = Path(args.out) / "shapes"
         make_shapes(args.dir)
@@ -945,6 +961,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

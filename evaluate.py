@@ -517,6 +517,8 @@ def main():
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                         help="of the network; auto: bf16 where the hardware has it (default: auto)")
     args = parser.parse_args()
+    if args.batch_size < 1 or args.num_workers < 0:
+        parser.error("--batch-size must be >= 1, and --num-workers >= 0")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     join_process_group(device)
     checkpoint = load_checkpoint(args.weights)
@@ -524,8 +526,9 @@ def main():
     run = Path(args.weights)
     if not run.is_dir():
         run = Path("runs/torchvision") if args.weights == "torchvision" else run.parent
+    out = data.make_folder(args.out or (run / "predictions" if args.images else run), "--out")
     if args.images:
-        unreadable = predict(detector, image_files(args.images), categories["names"], args.out or run / "predictions", args.tta)
+        unreadable = predict(detector, image_files(args.images), categories["names"], out, args.tta)
         if unreadable:
             raise DataError(f"{len(unreadable)} of the files cannot be read, see above; the others are done")
     else:
@@ -533,7 +536,7 @@ def main():
         if not (args.data or trained["data"]):
             raise ConfigError(f"{args.weights} does not say which data to judge it on; name a COCO-format folder with DATA=... (--data)")
         dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained.get("val_split"))
-        evaluate(detector, dataset, categories, args.out or run, batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
+        evaluate(detector, dataset, categories, out, batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -710,6 +710,8 @@ def main():
     parser.add_argument("--categories", metavar="JSON", help="COCO annotations that name the classes (default: COCO's, else numbers)")
     parser.add_argument("--centerness-on-box-tower", action=argparse.BooleanOptionalAction, help="if it is not as the form has it")
     args = parser.parse_args()
+    if min(args.size) < 1:
+        parser.error("--size must be >= 1")
     if not args.convert:
         return print(describe(ModelConfig(backbone=args.backbone), *args.size))
     if not args.form or not args.out:

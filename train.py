@@ -481,7 +481,7 @@ def kind_of_option(f) -> dict:
     if f.type is bool:
         return {"action": argparse.BooleanOptionalAction}
     if f.type == float | None:
-        return {"type": lambda text: None if text == "none" else float(text), "metavar": "X"}
+        return {"type": data.number_or_none, "metavar": "X"}
     if f.type == str | None:
         return {"metavar": "X"}
     if type(f.metadata["valid"]) is tuple:
@@ -524,7 +524,7 @@ def main():
     config, resume = set_up(args)
     run = Path(args.run)
     if int(os.environ.get("RANK", 0)) == 0:
-        run.mkdir(parents=True, exist_ok=True)
+        data.make_folder(run, "RUN=... (--run-dir)")
         data.open_split(config.data, run, "val", config.val_split)  # generates shapes
     if dist.is_initialized():
         dist.barrier()

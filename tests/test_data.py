@@ -623,6 +623,15 @@ def test_the_checker_is_a_command_whose_errors_are_one_line(tmp_path):
     assert result.returncode == 2 and result.stderr == "error: --fix repairs one file; name it with --split\n"
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, place):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(DataError, match=r"no folder that can be written to \(.+\); name another with --out"):
+        data.make_folder(tmp_path / place, "--out")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert list(data.make_folder(tmp_path / "new" / "folder", "--out").iterdir()) == []
+
+
 def test_train_and_val_are_compared(tmp_path):
     train = open_good(tmp_path)
     content = good_content()

@@ -347,11 +347,20 @@ def test_a_file_of_something_else_is_no_checkpoint(tmp_path, content):
         evaluate.load_checkpoint(tmp_path / "other.pt")
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_detection(shapes, tmp_path, monkeypatch):
+    path = save_detector(tmp_path / "model.pt", root=shapes)
+    monkeypatch.setattr(evaluate, "detect_all", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--out", str(path)])
+    with pytest.raises(data.DataError, match="model.pt: no folder that can be written to .*; name another with --out"):
+        evaluate.main()
+
+
 @pytest.mark.parametrize("options, sentence", [
     (["nowhere"], "nowhere: no such run folder or checkpoint"),
     (["tests"], "tests: no checkpoint-*.pt here"),
     (["Makefile"], "Makefile: damaged or not a checkpoint"),
+    (["tests", "--batch-size", "0"], "--batch-size must be >= 1"),
 ])
 def test_wrong_options_end_in_one_sentence(options, sentence):
     done = subprocess.run([sys.executable, "evaluate.py", *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr

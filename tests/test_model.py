@@ -788,6 +788,13 @@ def test_a_detector_with_a_backbone_that_we_do_not_have_is_refused(maskrcnn):
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("size", [("0", "64"), ("64", "-1")])
+def test_a_size_without_pixels_is_refused(size, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--size", *size)
+    assert "--size must be >= 1" in capsys.readouterr().err
+
+
 def test_the_description_counts_what_can_be_counted_by_hand():
     text = our.describe(ModelConfig(), 128, 256)
     assert re.search(r"P3 +8 +16 x 32 +0 \.\. 64\n", text) and re.search(r"P7 +128 +1 x 2 +512 \.\. inf\n", text)

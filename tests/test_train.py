@@ -379,6 +379,14 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
         train.parse_arguments(["fcos_R_50_FPN_1x_center_gio"])
 
 
+def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path, monkeypatch):
+    (tmp_path / "run").write_text("kept")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(data.DataError, match=r"run: no folder that can be written to .*; name another with RUN=... \(--run-dir\)"):
+        train.main()
+    assert (tmp_path / "run").read_text() == "kept"
+
+
 @pytest.mark.parametrize("options, sentence", [
     (["fcos_R_50_FPN_1x"], "no data set; name a COCO-format folder with DATA="),
     (["demo", "--data", "nowhere"], "nowhere/annotations: no such folder"),
@@ -387,6 +395,8 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
     (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
     (["demo", "--box-loss", "diou"], "invalid choice: 'diou'"),
     (["demo", "--batch-size", "many"], "invalid int value: 'many'"),
+    (["demo", "--center-radius", "many"], "invalid number_or_none value: 'many'"),
+    (["demo", "--train-short-sides", "800", "640"], "--train-short-sides (800, 640): must be >= 1, lower first"),
 ])
 def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path):
     code, output = finish(start(*options, "--run-dir", tmp_path / "run"))
