@@ -28,6 +28,7 @@ Letters: I images and A annotations of a split, N images of a batch, G boxes of 
 
 import argparse
 import colorsys
+import errno
 import hashlib
 import io
 import json
@@ -45,7 +46,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg, write_png
+from torchvision.io import ImageReadMode, decode_jpeg, encode_png
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -137,6 +138,17 @@ def make_folder(path, option) -> Path:
     except OSError as error:
         raise DataError(f"{path}: no folder that can be written to ({error.strerror}); name another with {option}") from None
     return Path(path)
+
+
+def write_png(picture: Tensor, path):
+    """A picture (3, H, W) uint8 as a file. (torchvision's write_png does not notice that a disk is full.)"""
+    Path(path).write_bytes(encode_png(picture).numpy())
+
+
+def sentence(error: Exception) -> str:
+    """What a command says of an error that ends it. The system names a full disk, but not what to do."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"error: {error}" + "; free some space and run this again (training: with --resume, if it had begun)" * full
 
 
 def number_or_none(text: str) -> float | None:
@@ -749,7 +761,7 @@ def draw_examples(dataset: CocoDataset, path, count=12, side=320):
         if len(tiles) == count:
             break
     if tiles:
-        write_png(make_grid(tiles, nrow=4, padding=6, pad_value=255), str(path))
+        write_png(make_grid(tiles, nrow=4, padding=6, pad_value=255), path)
         print(f"  {len(tiles)} images with their boxes: {path}")
 
 
@@ -765,7 +777,7 @@ def draw_batches(dataset: CocoDataset, path, short_side, long_side, enlarge, ste
         tiles = [draw_boxes(image, boxes * scale, labels.numpy(), dataset.annotations.category_names)
                  for image, boxes, labels in zip(images, batch.boxes, batch.labels)]
         rows.append(make_grid(tiles, nrow=batch_size, padding=3, pad_value=255))            # (3, h, w)
-    write_png(torch.cat(rows, dim=1), str(path))
+    write_png(torch.cat(rows, dim=1), path)
     print(f"  {steps} batches of {batch_size} as the network would see them, with sizes of 80% to 100%: {path}")
 
 
@@ -962,5 +974,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         sys.exit(2)

@@ -31,7 +31,6 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -334,7 +333,7 @@ def draw_grid(path, dataset: CocoDataset, results: Results, names, score, indice
         if captions:
             ImageDraw.Draw(tile).text((2, picture.shape[1] + 2), captions[n], fill="black", font=font)
         tiles.append(transforms.pil_to_tensor(tile))
-    write_png(make_grid(tiles, nrow=columns, padding=6, pad_value=255), str(path))
+    data.write_png(make_grid(tiles, nrow=columns, padding=6, pad_value=255), path)
 
 
 def draw_verdicts(out: Path, evaluation: COCOeval, dataset: CocoDataset, results: Results, names, score, count=8):
@@ -486,7 +485,7 @@ def predict(detector: Detector, paths: list[Path], names: list[str], out, tta=Fa
         found.append({"file": str(path), "picture": picture, "width": image.shape[2], "height": image.shape[1], "detections": [
             {"bbox": [round(x, 2) for x in box], "score": round(score, 5), "category": names[label]}
             for box, score, label in zip(to_xywh(boxes).tolist(), scores, labels)]})
-        write_png(draw(image, boxes, labels, scores, names, side=max(image.shape[1:])), str(out / picture))
+        data.write_png(draw(image, boxes, labels, scores, names, side=max(image.shape[1:])), out / picture)
         print(f"{path}: {len(boxes)} objects", flush=True)
     (out / "detections.json").write_text(json.dumps(found, indent=1))
     print(f"pictures and detections.json in {out}", flush=True)
@@ -545,4 +544,4 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, ConfigError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(data.sentence(error))

@@ -719,8 +719,12 @@ def main():
     changes = {} if args.centerness_on_box_tower is None else {"centerness_on_box_tower": args.centerness_on_box_tower}
     checkpoint = import_checkpoint(load_weights(args.convert), args.form, args.categories, args.convert, **changes)
     unfinished = Path(f"{args.out}.part")
-    torch.save(checkpoint, unfinished)
-    unfinished.replace(args.out)
+    try:
+        torch.save(checkpoint, unfinished)
+        unfinished.replace(args.out)
+    except (OSError, RuntimeError) as error:  # torch.save reports a missing folder and a full disk as RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"{args.out}: cannot be written ({error}); free some space, or name another file with --out") from None
     names = checkpoint["categories"]["names"]
     print(f"{args.out}: {checkpoint['config']['model']['backbone']}, {len(names)} classes: {', '.join(names)}")
 

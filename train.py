@@ -143,8 +143,8 @@ def save_checkpoint(run: Path, checkpoint: dict, keep=2):
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         unfinished.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error}); free some space and go on from the checkpoint before it "
-                        f"with --resume --run-dir {run}") from None
+        go_on = f"go on from the one before it with --resume --run-dir {run}" if evaluate.checkpoints_of(run) else "start again"
+        raise DataError(f"{path}: cannot be written ({error}); free some space and {go_on}") from None
     for old in evaluate.checkpoints_of(run)[keep:]:
         old.unlink()
 
@@ -539,4 +539,4 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, ConfigError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(data.sentence(error))

@@ -632,6 +632,17 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path,
     assert list(data.make_folder(tmp_path / "new" / "folder", "--out").iterdir()) == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here, a disk that is always full")
+def test_a_picture_on_a_full_disk_is_an_error_that_says_what_to_do(tmp_path):
+    picture = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    data.write_png(picture, tmp_path / "a.png")
+    assert torch.equal(data.load_image(tmp_path / "a.png"), picture)
+    with pytest.raises(OSError) as raised:
+        data.write_png(picture, "/dev/full")
+    assert "No space left on device; free some space and run this again" in data.sentence(raised.value)
+    assert data.sentence(DataError("a: b")) == "error: a: b"
+
+
 def test_train_and_val_are_compared(tmp_path):
     train = open_good(tmp_path)
     content = good_content()

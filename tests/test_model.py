@@ -727,6 +727,15 @@ def test_the_command_converts_a_file_into_a_checkpoint(maskrcnn, tmp_path, monke
     assert "resnet50, 80 classes: person, bicycle" in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_nothing(maskrcnn, tmp_path, monkeypatch):
+    torch.save(maskrcnn, tmp_path / "FCOS.pth")
+    for out, reason in ((tmp_path / "nowhere" / "model.pt", "nowhere does not exist"), (tmp_path / "folder", "directory")):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=f"{out}: cannot be written .*{reason}.*; free some space, or name another file with --out"):
+            run_main(monkeypatch, "--convert", tmp_path / "FCOS.pth", "--form", "fcos_plus", "--out", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FCOS.pth", "folder"]
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_file_that_needs_pickle_is_refused_with_the_reason(tmp_path, legacy):
     file = tmp_path / "run.pth"

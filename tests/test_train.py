@@ -281,11 +281,15 @@ def test_checkpoints_hold_nothing_but_tensors_and_plain_types_and_two_are_kept(u
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    train.save_checkpoint(tmp_path, {"step": 1})
-
     def no_space(*args):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(data.DataError, match="No space left on device.*start again"):
+        train.save_checkpoint(tmp_path, {"step": 0})
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    train.save_checkpoint(tmp_path, {"step": 1})
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(data.DataError, match="No space left on device.*--resume"):
         train.save_checkpoint(tmp_path, {"step": 2})
