@@ -364,8 +364,9 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         except torch.OutOfMemoryError:
             n, _, height, width = parts[0].images.shape
             most = max(len(boxes) for part in parts for boxes in part.boxes)
-            raise DataError(f"step {step} does not fit into the memory of {device}: {n} images on {width} x {height} pixels, with up to "
-                            f"{most} boxes; set --images-per-gpu below {n}, or lower --train-short-sides") from None
+            less = f"set --images-per-gpu {n // 2}, or" if n > 1 else "lower --channels, or"
+            raise DataError(f"step {step} does not fit into the memory of {device}: {n} image{'s' * (n > 1)} on {width} x {height} "
+                            f"pixels, with up to {most} boxes; {less} lower --train-short-sides") from None
 
         # now and then: look at the losses, tell, save, stop, evaluate
         done = step + 1

@@ -210,6 +210,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(datase
     assert all(value.isfinite().all() for value in weights_of(tmp_path).values())
 
 
+@pytest.mark.parametrize("batch_size, remedy", [(8, "set --images-per-gpu 4, or lower --train-short-sides"),
+                                                (1, "lower --channels, or lower --train-short-sides")])
+def test_out_of_memory_names_images_pixels_boxes_and_what_to_set(dataset, tmp_path, monkeypatch, batch_size, remedy):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    shown, as_loaded = [], data.Batch.to
+    monkeypatch.setattr(data.Batch, "to", lambda batch, device: shown.append(batch) or as_loaded(batch, device))
+    monkeypatch.setattr(FCOS, "forward", too_large)
+    monkeypatch.setattr(train.signal, "signal", lambda *args: None)  # pytest's own stay
+    config = train.parse_arguments([*TINY, "--data", str(dataset), "--batch-size", str(batch_size), "--num-workers", "0"]).config
+    with pytest.raises(data.DataError, match=rf"^step 0 does not fit into the memory of cpu: {batch_size} images? on \d+ x 64 pixels, "
+                                             rf"with up to (\d) boxes; {remedy}$") as raised:
+        train.train(config, tmp_path, torch.device("cpu"))
+    (step_0,) = shown
+    assert f"on {step_0.images.shape[3]} x {step_0.images.shape[2]} pixels" in str(raised.value)
+    assert f"up to {max(map(len, step_0.boxes))} boxes" in str(raised.value)
+    assert evaluate.load_checkpoint(tmp_path)["step"] == 0
+
+
 def test_training_ends_with_the_evaluation_and_both_are_in_metrics_jsonl(dataset, tmp_path):
     options = [option for option in TINY if option != "--skip-eval"]
     output = run_to_end(*options, "--data", dataset, "--run-dir", tmp_path, "--steps", 2, "--warmup-steps", 1)
