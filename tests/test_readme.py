@@ -1,0 +1,28 @@
+"""What README.md points at is there."""
+
+import importlib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_link_to_a_file_resolves():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(links) > 20 and all((ROOT / link).exists() for link in links if not link.startswith("http")), links
+
+
+def test_every_function_in_the_paper_to_code_table_exists_in_the_file_it_links_to():
+    table = README[README.index("## From the paper to the code"):README.index("## The number of GPUs")]
+    named = re.findall(r"\[`(\w+)\.(\w+)`\]\(([\w/.]+)\)", table)
+    assert len(named) > 9
+    for module, name, path in named:
+        found = importlib.import_module(module)
+        assert callable(getattr(found, name)) and Path(found.__file__) == ROOT / path, (module, name)
+
+
+def test_every_preset_of_the_table_exists_and_no_other():
+    from train import PRESETS
+    table = README[README.index("## Models"):README.index("## The files")]
+    assert set(re.findall(r"^\| `([a-z]\w+)` \|", table, re.M)) == set(PRESETS)
