@@ -222,11 +222,13 @@ def load_backbone_weights(resnet, name: str, weights: str):
     else:
         state = load_weights(weights)
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    missing, unexpected = resnet.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.startswith("fc.")]
-    unexpected = [key for key in unexpected if not key.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise ConfigError(f"{weights}: not the weights of a {name}; missing {missing[:3]}, unexpected {unexpected[:3]}")
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    ours, theirs = ({(key, tuple(value.shape)) for key, value in part.items()} for part in (resnet.state_dict(), state))
+    ours = {(key, shape) for key, shape in ours if not key.startswith("fc.") and not key.endswith("num_batches_tracked")}
+    if ours != theirs:
+        raise ConfigError(f"{weights}: not the weights of a {name}; missing {sorted(ours - theirs)[:3]}, "
+                          f"unexpected {sorted(theirs - ours)[:3]}")
+    resnet.load_state_dict(state, strict=False)
 
 
 # --- head and detector ------------------------------------------------------------------------------------------------
@@ -586,7 +588,7 @@ def load_weights(path) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: refused, since it holds a Python object ({held[1]}), and loading one can run any code; if you trust "
                           'its author, save the weights alone: torch.save(torch.load(FILE, weights_only=False)["model"], NEW)') from None
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ConfigError(f'{path}: holds no state dict (names and tensors), neither alone nor under "model"')
     return state
 
@@ -604,16 +606,19 @@ def convert(weights: dict[str, Tensor], form: str, source="the weights", **chang
             state[key] = value.float()
     for norm in [key.removesuffix(".running_var") for key in state if key.endswith(".running_var")]:
         conv = re.sub(r"bn(\d)$", r"conv\1", norm).replace("downsample.1", "downsample.0")
-        statistics = [state.pop(f"{norm}.{name}") for name in ("weight", "bias", "running_mean", "running_var")]
+        names = [f"{norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+        if len({state[name].shape if name in state else None for name in names}) > 1:
+            continue  # not a whole norm: what is left of it fits no model below
+        statistics = [state.pop(name) for name in names]
         state[f"{conv}.scale"], state[f"{conv}.shift"] = scale_and_shift(*statistics, 1e-5 if form == "torchvision" else 0.0)
     if form == "torchvision":
         state["scales"] = torch.ones(len(STRIDES))
     elif scales := [state.pop(key) for key in sorted(state) if key.startswith("scales.")]:
         state["scales"] = torch.cat([scale.flatten() for scale in scales])
-        if (stem := "backbone.resnet.conv1.weight") in state:
+        if (stem := "backbone.resnet.conv1.weight") in state and state[stem].ndim == 4:
             state[stem] = state[stem].flip(1)  # BGR -> RGB
 
-    config = ModelConfig(num_classes=max(1, len(state.get("head.cls_logits.bias", ()))), **FORMS[form] | changes)
+    config = ModelConfig(num_classes=max(1, state.get("head.cls_logits.bias", torch.empty(0)).numel()), **FORMS[form] | changes)
     theirs = {(key, tuple(value.shape)) for key, value in state.items()}
     misfits = []
     for backbone in BACKBONES:

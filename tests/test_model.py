@@ -14,6 +14,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import FCOS as TorchvisionFCOS
@@ -793,6 +794,30 @@ def test_a_detector_with_a_backbone_that_we_do_not_have_is_refused(maskrcnn):
     weights = {key.replace("body.stem", "body.features"): value for key, value in maskrcnn.items()}
     with pytest.raises(ConfigError, match=r"it lacks \['?\(?'backbone.resnet.conv1.*and has .*backbone.resnet.features"):
         convert(weights, "fcos_plus")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("backbone.body.stem.bn1.running_mean", None), ("backbone.body.stem.bn1.bias", torch.ones(3)),
+    ("backbone.body.stem.conv1.weight", torch.ones(2)), ("rpn.head.cls_logits.bias", torch.ones(())),
+    ("rpn.head.scales.0.scale", torch.ones(3))])
+def test_a_tensor_that_is_missing_or_of_another_shape_is_refused(maskrcnn, key, value):
+    assert key in maskrcnn
+    weights = {name: v for name, v in (maskrcnn | {key: value}).items() if v is not None}
+    with pytest.raises(ConfigError, match="not a detector of the form fcos_plus .* it lacks .* and has"):
+        convert(weights, "fcos_plus")
+
+
+def test_backbone_weights_of_another_network_are_refused_by_name_and_shape(tmp_path):
+    state = torchvision.models.resnet34().state_dict()
+    torch.save(state, tmp_path / "resnet34.pth")
+    our.Backbone(ModelConfig(backbone="resnet34"), str(tmp_path / "resnet34.pth"))
+    with pytest.raises(ConfigError, match=r"resnet34.pth: not the weights of a resnet18; missing \[\], unexpected \[\('layer1.2.bn1.bias'"):
+        our.Backbone(ModelConfig(backbone="resnet18"), str(tmp_path / "resnet34.pth"))
+    with pytest.raises(ConfigError, match=r"resnet34.pth: not the weights of a resnet50; missing \[\('layer1.0.bn3.bias'"):
+        our.Backbone(ModelConfig(), str(tmp_path / "resnet34.pth"))  # another shape under the same name, too
+    torch.save({0: torch.ones(1)}, tmp_path / "numbers.pth")
+    with pytest.raises(ConfigError, match="numbers.pth: holds no state dict"):
+        load_weights(tmp_path / "numbers.pth")
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
