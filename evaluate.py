@@ -73,7 +73,10 @@ def load_checkpoint(path) -> dict:
         except FileNotFoundError:
             raise DataError(f"{file}: no such run folder or checkpoint") from None
         except Exception as error:  # whatever a damaged archive makes the unpickler raise
-            print(f"{file}: damaged or not a checkpoint ({type(error).__name__}), passed over", file=sys.stderr, flush=True)
+            damaged = f"{file}: damaged or not a checkpoint ({type(error).__name__})"
+            if len(candidates) == 1:
+                raise DataError(f"{damaged}; name another run or file") from None
+            print(f"{damaged}, passed over", file=sys.stderr, flush=True)
             continue
         check_checkpoint(checkpoint, file)
         return checkpoint

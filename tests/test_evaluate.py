@@ -358,7 +358,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_detection(shapes, t
 @pytest.mark.parametrize("options, sentence", [
     (["nowhere"], "nowhere: no such run folder or checkpoint"),
     (["tests"], "tests: no checkpoint-*.pt here"),
-    (["Makefile"], "Makefile: damaged or not a checkpoint"),
+    (["Makefile"], "error: Makefile: damaged or not a checkpoint (UnpicklingError); name another run or file"),
     (["tests", "--batch-size", "0"], "--batch-size must be >= 1"),
 ])
 def test_wrong_options_end_in_one_sentence(options, sentence):
