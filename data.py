@@ -151,10 +151,6 @@ def sentence(error: Exception) -> str:
     return f"error: {error}" + "; free some space and run this again (training: with --resume, if it had begun)" * full
 
 
-def number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
 FIELDS = {  # what training needs: table -> field -> (test, in words, what stands for a missing one)
     "categories": {"id": (is_whole, "a whole number", None),
                    "name": (is_text, "a text", None)},
@@ -905,7 +901,7 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
     if args.images:
         found, bad, hashes = check_images(dataset)
         problems += found
-    print(describe(dataset, args.short_side, args.long_side, args.enlarge, args.center_radius) + "\n")
+    print(describe(dataset, args.short_side, args.long_side, args.enlarge, args.center_radius or None) + "\n")
     split, out = split_of(json_file), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     draw_examples(dataset, out / f"{split}.png")
@@ -938,14 +934,13 @@ def main(argv=None) -> int:
     parser.add_argument("--short-side", type=int, default=800, help="pixels after resizing (default: 800)")
     parser.add_argument("--long-side", type=int, default=1333, help="pixels after resizing, at most (default: 1333)")
     parser.add_argument("--enlarge", action=argparse.BooleanOptionalAction, default=True, help="small images too")
-    parser.add_argument("--center-radius", type=number_or_none, default=1.5, metavar="X",
-                        help="center sampling radius in strides, or none (default: 1.5)")
+    parser.add_argument("--center-radius", type=float, default=1.5, help="of center sampling in strides; 0: whole boxes (default: 1.5)")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     if args.fix and not args.split:
         raise DataError("--fix repairs one file; name it with --split")
-    if min(args.short_side, args.long_side) < 1 or args.center_radius is not None and not 0 < args.center_radius < np.inf:
-        raise DataError("--short-side, --long-side and --center-radius must be > 0")
+    if min(args.short_side, args.long_side) < 1 or not 0 <= args.center_radius < np.inf:
+        raise DataError("--short-side and --long-side must be >= 1, --center-radius >= 0")
     make_folder(args.out, "--out")
     if args.dir is None:
         args.dir = Path(args.out) / "shapes"

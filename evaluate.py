@@ -36,8 +36,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 import data
 from data import Annotations, CocoDataset, DataError
-from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detections, Detector, ModelConfig, cut, load_file,
-                   published_checkpoint, rebuilt, suppress)
+from model import ConfigError, Detections, Detector, ModelConfig, build_detector, cut, load_checkpoint, suppress
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -53,72 +52,7 @@ class Results(NamedTuple):
     labels: np.ndarray     # (K,) index in the detector's categories
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-def checkpoints_of(run) -> list[Path]:
-    """The checkpoints of a run folder, newest first."""
-    return sorted(Path(run).glob("checkpoint-*.pt"), reverse=True)
-
-
-def load_checkpoint(path) -> dict:
-    """A checkpoint: from a file, the newest undamaged one of a run folder, or "torchvision", its published detector."""
-    if str(path) == "torchvision":
-        return published_checkpoint()
-    candidates = checkpoints_of(path) if Path(path).is_dir() else [Path(path)]
-    if not candidates:
-        raise DataError(f"{path}: no checkpoint-*.pt here; train first, or name another run or file")
-    for file in candidates:
-        try:
-            checkpoint = load_file(file)
-        except FileNotFoundError:
-            raise DataError(f"{file}: no such run folder or checkpoint") from None
-        except Exception as error:  # whatever a damaged archive makes the unpickler raise
-            damaged = f"{file}: damaged or not a checkpoint ({type(error).__name__})"
-            if len(candidates) == 1:
-                raise DataError(f"{damaged}; name another run or file") from None
-            print(f"{damaged}, passed over", file=sys.stderr, flush=True)
-            continue
-        check_checkpoint(checkpoint, file)
-        return checkpoint
-    raise DataError(f"{path}: no undamaged checkpoint; name another run or file")
-
-
-def check_checkpoint(checkpoint, file):
-    """See that a checkpoint has what this code writes, and the very weights that its configuration asks for."""
-    def demand(good, what):
-        if not good:
-            raise DataError(f"{file}: {what}; use the version of the code that wrote it, or, for weights of another codebase, "
-                            "python model.py --convert")
-
-    def shapes(state):
-        return {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else "no weight"
-                for key, value in state.items()}
-
-    version = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    demand(type(version) is int and version == CHECKPOINT_FORMAT,
-           f"not a checkpoint of this version of the code (format {version!r:.80}, not {CHECKPOINT_FORMAT})")
-    for key, kind in {"step": int, "model": dict, "config": dict, "categories": dict}.items():
-        demand(isinstance(checkpoint.get(key), kind), f"its {key!r} is missing or of another type")
-    trained, categories = checkpoint["config"], checkpoint["categories"]
-    demand(isinstance(trained.get("model"), dict) and isinstance(trained.get("data"), str), "its 'config' lacks 'model' or 'data'")
-    config = rebuilt(ModelConfig, trained["model"], file)
-    with torch.device("meta"):
-        ours = shapes(FCOS(config).state_dict())
-    theirs = shapes(checkpoint["model"])
-    misfits = sorted(str(key) for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    demand(not misfits, f"its weights are not its configuration's; {len(misfits)} names or shapes differ: {', '.join(misfits[:3])}")
-    for key, kind in {"ids": int, "names": str}.items():
-        column = categories.get(key)
-        demand(isinstance(column, list) and len(column) == config.num_classes and all(type(v) is kind for v in column),
-               f"its categories have not {config.num_classes} {key}")
-
-
-def build_detector(checkpoint: dict) -> FCOS:
-    """The model of a checkpoint, with its weights."""
-    model = FCOS(ModelConfig(**checkpoint["config"]["model"]))
-    model.load_state_dict(checkpoint["model"])
-    return model
-
+# --- detection over a data set ----------------------------------------------------------------------------------------
 
 def join_process_group(device: torch.device):
     """Find the other processes that torchrun started, if it did."""
@@ -128,8 +62,6 @@ def join_process_group(device: torch.device):
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
 
-
-# --- detection over a data set ----------------------------------------------------------------------------------------
 
 def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_workers=0, tta=False) -> Results | None:
     """Detections in every image of a data set; in a process group shared out, and returned to rank 0 alone."""

@@ -14,6 +14,7 @@ The ResNet and the pyramid are torchvision's. A frozen BatchNorm is folded into 
 and also in training, which saves reading and writing every activation once more.
 
     python model.py --backbone resnet101 --size 800 1216                    levels, parameters, FLOPs, training memory
+    python model.py --export RUN/model.pt2                                  a detector that runs without this code
     python model.py --convert FILE --form fcos_plus --out model.pt          weights of another codebase
 
 Letters: N images, L locations over all levels (ordered as in assign.py), C classes, K candidates.
@@ -23,6 +24,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 import sys
 import typing
@@ -89,6 +91,33 @@ def is_of_type(value, kind) -> bool:
     if typing.get_origin(kind) is tuple:
         return type(value) is tuple and len(value) == len(of) and all(map(is_of_type, value, of))
     return any(is_of_type(value, one) for one in of) if of else type(value) is kind or (type(value), kind) == (int, float)
+
+
+def add_options(parser, config, without=()):
+    """Give argparse an option for every field of a configuration. `given` reads them."""
+    for f in fields(config):
+        if f.metadata and f.name not in without:
+            of_each = typing.get_args(f.type)  # of a tuple, or X and None
+            if f.type is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            elif type(f.metadata["valid"]) is tuple:
+                kind = {"choices": f.metadata["valid"]}
+            elif type(None) in of_each:
+                kind = {"type": number_or_none if float in of_each else str, "metavar": "X"}
+            else:
+                kind = {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
+            text = f"{f.metadata['help']} (default: {getattr(config, f.name)})".replace("%", "%%")
+            parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def given(args, config) -> dict:
+    """The fields of a configuration that were given on the command line."""
+    found = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -478,7 +507,7 @@ class ExportedDetector(nn.Module):
 
     def __init__(self, model: FCOS, height: int, width: int, nms_dtype: torch.dtype):
         super().__init__()
-        self.model = inference_copy(model, torch.float32)
+        self.model = inference_copy(model, torch.float32).to(memory_format=torch.contiguous_format)  # else a warning on saving
         self.locations = make_locations(height, width, offset=model.config.location_offset)
         self.nms_dtype, self.apart = nms_dtype, max(height, width) + 1
 
@@ -500,54 +529,76 @@ def export(model: FCOS, categories: dict, path, height: int, width: int):
     Inputs: images (N, 3, height, width) uint8 RGB, padded at the right and at the bottom, image_sizes (N, 2) int64.
     Outputs: boxes (N, D, 4) xyxy pixels of the canvas, scores (N, D), labels (N, D), and how many of the D are meant (N,).
     """
-    path, onnx = Path(path), Path(path).suffix == ".onnx"
+    onnx = Path(path).suffix == ".onnx"
     module = ExportedDetector(model, height, width, torch.float32 if onnx else torch.float64).eval()
     N = 1 if onnx else 2  # an example; a batch of 1 would be taken for a constant
     example = torch.zeros(N, 3, height, width, dtype=torch.uint8), torch.tensor([[height, width]] * N)
-    unfinished = path.with_suffix(".part" + path.suffix)
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.export.export(module, example, dynamic_shapes=None if onnx else ({0: batch}, {0: batch}))
     if onnx:
-        names = ("boxes", "scores", "labels", "count")
         try:
-            torch.onnx.export(module, example, unfinished, input_names=("images", "image_sizes"), output_names=names,
-                              dynamo=True, external_data=False, verbose=False)
+            program = torch.onnx.export(program, input_names=("images", "image_sizes"), dynamo=True, verbose=False,
+                                        output_names=("boxes", "scores", "labels", "count"))
         except ImportError as error:
             raise ConfigError(f"{path}: an ONNX file needs packages that are not here ({error}); pip install onnx onnxscript, "
                               "or export to .pt2") from None
-    else:
-        batch = torch.export.Dim("batch", min=1)
-        with torch.no_grad():
-            program = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch}))
-        torch.export.save(program, unfinished, extra_files={"categories.json": json.dumps(categories)})
-    unfinished.replace(path)
+
+    def write(file):
+        if onnx:
+            file.write(program.model_proto.SerializeToString())
+        else:
+            torch.export.save(program, file, extra_files={"categories.json": json.dumps(categories)})
+
+    write_whole(path, write, "free some space, or name another file with --export")
 
 
-# --- weights from elsewhere -------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 1
-COCO = {i: name for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
-        if name not in ("__background__", "N/A")}  # category id -> name; 80 of 1 .. 90
-IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True)
-CAFFE = dict(stride_in_1x1=True, pixel_mean=(122.7717, 115.9465, 102.9801), pixel_std=(1.0, 1.0, 1.0))
-FORMS = {  # what the weights of a codebase mean, beyond their names and shapes
-    "torchvision": dict(IMPROVED, location_offset=0.0, location_spacing="even", score_threshold=0.2, threshold_on="final"),
-    "fcos_plus": CAFFE,              # FCOS_PLUS, and FCOS as first published (maskrcnn-benchmark)
-    "fcos_imprv": CAFFE | IMPROVED,  # FCOS with NORM_REG_TARGETS and CENTERNESS_ON_REG
-}
-RENAMES = (  # applied in this order
-    (r"^module\.", ""),                                                                      # DDP
-    (r"^backbone\.body\.(stem\.)?", "backbone.resnet."),
-    (r"^backbone\.fpn\.(fpn_)?", "fpn."),
-    (r"^fpn\.top_blocks\.", "fpn.extra_blocks."),
-    (r"^fpn\.(inner|layer)([234])\.", lambda m: f"fpn.{m[1]}_blocks.{int(m[2]) - 2}.0."),    # maskrcnn-benchmark
-    (r"^fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)$", r"fpn.\1_blocks.\2.0.\3"),       # torchvision before 0.14
-    (r"^rpn\.head\.", "head."),
-    (r"^head\.scales\.(\d)\.scale$", r"scales.\1"),
-    (r"^head\.(bbox_tower|regression_head\.conv)\.", "head.box_tower."),
-    (r"^head\.(bbox_pred|regression_head\.bbox_reg)\.", "head.box_pred."),
-    (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness."),
-    (r"^head\.classification_head\.conv\.", "head.cls_tower."),
-    (r"^head\.classification_head\.", "head."),
-)
+
+
+def write_whole(path, write, remedy):
+    """`write`(file) under another name, to the disk, then rename: a kill at any moment leaves a whole file or none."""
+    path = Path(path)
+    unfinished = path.with_suffix(".part")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written ({error}); {remedy}") from None
+
+
+def checkpoints_of(run) -> list[Path]:
+    """The checkpoints of a run folder, newest first."""
+    return sorted(Path(run).glob("checkpoint-*.pt"), reverse=True)
+
+
+def load_checkpoint(path) -> dict:
+    """A checkpoint: from a file, the newest undamaged one of a run folder, or "torchvision", its published detector."""
+    if str(path) == "torchvision":
+        return published_checkpoint()
+    candidates = checkpoints_of(path) if Path(path).is_dir() else [Path(path)]
+    if not candidates:
+        raise ConfigError(f"{path}: no checkpoint-*.pt here; train first, or name another run or file")
+    for file in candidates:
+        try:
+            checkpoint = load_file(file)
+        except FileNotFoundError:
+            raise ConfigError(f"{file}: no such run folder or checkpoint") from None
+        except Exception as error:  # whatever a damaged archive makes the unpickler raise
+            damaged = f"{file}: damaged or not a checkpoint ({type(error).__name__})"
+            if len(candidates) == 1:
+                raise ConfigError(f"{damaged}; name another run or file") from None
+            print(f"{damaged}, passed over", file=sys.stderr, flush=True)
+            continue
+        check_checkpoint(checkpoint, file)
+        return checkpoint
+    raise ConfigError(f"{path}: no undamaged checkpoint; name another run or file")
 
 
 def load_file(path):
@@ -574,6 +625,71 @@ def rebuilt(Config, values: dict, source, remedy="use the version of the code th
     except ConfigError as error:
         reason = str(error)
     raise ConfigError(f"{source}: its {Config.__name__} is not one of this version of the code ({reason}); {remedy}")
+
+
+def check_checkpoint(checkpoint, file):
+    """See that a checkpoint has what this code writes, and the very weights that its configuration asks for."""
+    def demand(good, what):
+        if not good:
+            raise ConfigError(f"{file}: {what}; use the version of the code that wrote it, or, for weights of another codebase, "
+                            "python model.py --convert")
+
+    def shapes(state):
+        return {key: tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else "no weight"
+                for key, value in state.items()}
+
+    version = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    demand(type(version) is int and version == CHECKPOINT_FORMAT,
+           f"not a checkpoint of this version of the code (format {version!r:.80}, not {CHECKPOINT_FORMAT})")
+    for key, kind in {"step": int, "model": dict, "config": dict, "categories": dict}.items():
+        demand(isinstance(checkpoint.get(key), kind), f"its {key!r} is missing or of another type")
+    trained, categories = checkpoint["config"], checkpoint["categories"]
+    demand(isinstance(trained.get("model"), dict) and isinstance(trained.get("data"), str), "its 'config' lacks 'model' or 'data'")
+    config = rebuilt(ModelConfig, trained["model"], file)
+    with torch.device("meta"):
+        ours = shapes(FCOS(config).state_dict())
+    theirs = shapes(checkpoint["model"])
+    misfits = sorted(str(key) for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    demand(not misfits, f"its weights are not its configuration's; {len(misfits)} names or shapes differ: {', '.join(misfits[:3])}")
+    for key, kind in {"ids": int, "names": str}.items():
+        column = categories.get(key)
+        demand(isinstance(column, list) and len(column) == config.num_classes and all(type(v) is kind for v in column),
+               f"its categories have not {config.num_classes} {key}")
+
+
+def build_detector(checkpoint: dict) -> FCOS:
+    """The model of a checkpoint, with its weights."""
+    model = FCOS(ModelConfig(**checkpoint["config"]["model"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# --- weights from elsewhere -------------------------------------------------------------------------------------------
+
+COCO = {i: name for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+        if name not in ("__background__", "N/A")}  # category id -> name; 80 of 1 .. 90
+IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True)
+CAFFE = dict(stride_in_1x1=True, pixel_mean=(122.7717, 115.9465, 102.9801), pixel_std=(1.0, 1.0, 1.0))
+FORMS = {  # what the weights of a codebase mean, beyond their names and shapes
+    "torchvision": dict(IMPROVED, location_offset=0.0, location_spacing="even", score_threshold=0.2, threshold_on="final"),
+    "fcos_plus": CAFFE,              # FCOS_PLUS, and FCOS as first published (maskrcnn-benchmark)
+    "fcos_imprv": CAFFE | IMPROVED,  # FCOS with NORM_REG_TARGETS and CENTERNESS_ON_REG
+}
+RENAMES = (  # applied in this order
+    (r"^module\.", ""),                                                                      # DDP
+    (r"^backbone\.body\.(stem\.)?", "backbone.resnet."),
+    (r"^backbone\.fpn\.(fpn_)?", "fpn."),
+    (r"^fpn\.top_blocks\.", "fpn.extra_blocks."),
+    (r"^fpn\.(inner|layer)([234])\.", lambda m: f"fpn.{m[1]}_blocks.{int(m[2]) - 2}.0."),    # maskrcnn-benchmark
+    (r"^fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)$", r"fpn.\1_blocks.\2.0.\3"),       # torchvision before 0.14
+    (r"^rpn\.head\.", "head."),
+    (r"^head\.scales\.(\d)\.scale$", r"scales.\1"),
+    (r"^head\.(bbox_tower|regression_head\.conv)\.", "head.box_tower."),
+    (r"^head\.(bbox_pred|regression_head\.bbox_reg)\.", "head.box_pred."),
+    (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness."),
+    (r"^head\.classification_head\.conv\.", "head.cls_tower."),
+    (r"^head\.classification_head\.", "head."),
+)
 
 
 def load_weights(path) -> dict[str, Tensor]:
@@ -706,32 +822,34 @@ def describe(config: ModelConfig, height: int, width: int) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a detector costs; or, with --convert, another codebase's weights.")
-    parser.add_argument("--backbone", default="resnet50", help="one of " + ", ".join(BACKBONES))
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"), help="pixels (default: 800 1216)")
-    parser.add_argument("--convert", metavar="FILE", help="weights to convert")
+    parser = argparse.ArgumentParser(description="What a detector costs, --export of a trained one, or --convert of another codebase's.")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 800 1216; to export, the largest of a test image)")
+    parser.add_argument("--export", metavar="FILE", help=".pt2 or .onnx to write, from the newest checkpoint beside it")
+    parser.add_argument("--weights", metavar="FILE", help="to export from this checkpoint instead")
+    parser.add_argument("--convert", metavar="FILE", help="weights of another codebase")
     parser.add_argument("--form", choices=FORMS, help="where they come from; fcos_plus: FCOS as first published, too")
     parser.add_argument("--out", metavar="FILE", help="checkpoint to write")
     parser.add_argument("--categories", metavar="JSON", help="COCO annotations that name the classes (default: COCO's, else numbers)")
-    parser.add_argument("--centerness-on-box-tower", action=argparse.BooleanOptionalAction, help="if it is not as the form has it")
+    add_options(parser.add_argument_group("detector"), ModelConfig())
     args = parser.parse_args()
-    if min(args.size) < 1:
+    changes = given(args, ModelConfig())
+    if args.size and min(args.size) < 1:
         parser.error("--size must be >= 1")
-    if not args.convert:
-        return print(describe(ModelConfig(backbone=args.backbone), *args.size))
-    if not args.form or not args.out:
-        parser.error("--convert needs --form and --out")
-    changes = {} if args.centerness_on_box_tower is None else {"centerness_on_box_tower": args.centerness_on_box_tower}
-    checkpoint = import_checkpoint(load_weights(args.convert), args.form, args.categories, args.convert, **changes)
-    unfinished = Path(f"{args.out}.part")
-    try:
-        torch.save(checkpoint, unfinished)
-        unfinished.replace(args.out)
-    except (OSError, RuntimeError) as error:  # torch.save reports a missing folder and a full disk as RuntimeError
-        unfinished.unlink(missing_ok=True)
-        raise ConfigError(f"{args.out}: cannot be written ({error}); free some space, or name another file with --out") from None
-    names = checkpoint["categories"]["names"]
-    print(f"{args.out}: {checkpoint['config']['model']['backbone']}, {len(names)} classes: {', '.join(names)}")
+    if args.export:
+        checkpoint = load_checkpoint(args.weights or Path(args.export).parent)
+        model = build_detector(checkpoint)
+        size = args.size or [-(-side // 32) * 32 for side in (model.config.short_side, model.config.long_side)]
+        export(model, checkpoint["categories"], args.export, *size)
+        print(f"{args.export}: images of {size[0]} x {size[1]}, {', '.join(checkpoint['categories']['names'])}")
+    elif args.convert:
+        if not args.form or not args.out:
+            parser.error("--convert needs --form and --out")
+        checkpoint = import_checkpoint(load_weights(args.convert), args.form, args.categories, args.convert, **changes)
+        write_whole(args.out, lambda file: torch.save(checkpoint, file), "free some space, or name another file with --out")
+        names = checkpoint["categories"]["names"]
+        print(f"{args.out}: {checkpoint['config']['model']['backbone']}, {len(names)} classes: {', '.join(names)}")
+    else:
+        print(describe(ModelConfig(**changes), *args.size or (800, 1216)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import resource
 import signal
 import sys
 import time
-import typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +42,8 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, check, dtype_of, option, rebuilt
+from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of, dtype_of, given, load_checkpoint,
+                   option, rebuilt, write_whole)
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -132,20 +132,11 @@ def lr_at(step: int, config: TrainConfig) -> float:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(run: Path, checkpoint: dict, keep=2):
-    """Write a checkpoint so that a kill at any moment leaves a whole one: to another name, to the disk, then renamed."""
+    """Write a checkpoint, and delete all but the last `keep`."""
     path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
-    unfinished = path.with_suffix(".part")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        unfinished.unlink(missing_ok=True)
-        go_on = f"go on from the one before it with --resume --run-dir {run}" if evaluate.checkpoints_of(run) else "start again"
-        raise DataError(f"{path}: cannot be written ({error}); free some space and {go_on}") from None
-    for old in evaluate.checkpoints_of(run)[keep:]:
+    go_on = f"go on from the one before it with --resume --run-dir {run}" if checkpoints_of(run) else "start again"
+    write_whole(path, lambda file: torch.save(checkpoint, file), f"free some space and {go_on}")
+    for old in checkpoints_of(run)[keep:]:
         old.unlink()
 
 
@@ -165,7 +156,7 @@ def data_hash(dataset: data.CocoDataset) -> str:
 
 def init_from(model, path, categories: dict):
     """Take the weights of another checkpoint; those of other classes' outputs, or of another shape, start fresh."""
-    checkpoint = evaluate.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     theirs, ours = checkpoint["model"], model.state_dict()
     taken = {key: value for key, value in theirs.items() if key in ours and value.shape == ours[key].shape}
     if checkpoint["categories"]["names"] != categories["names"]:
@@ -309,7 +300,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     optimizer = build_optimizer(model, config)
     first_step = 0
     if resume:
-        checkpoint = evaluate.load_checkpoint(run)
+        checkpoint = load_checkpoint(run)
         if checkpoint.get("data_hash") != data_hash(dataset):
             raise ConfigError(f"{annotations.path} is not what {run} was trained on so far; restore it, or start another run "
                               "from these weights with --init-from")
@@ -456,50 +447,26 @@ def parse_arguments(argv):
     parser.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="train nothing; draw the loss and AP curves of these runs")
     parser.add_argument("--skip-eval", action="store_true", help="do not evaluate after training")
-    for group, owner in (("training", config), ("model", config.model)):
-        group = parser.add_argument_group(group)
-        for f in dataclasses.fields(owner):
-            if f.name not in ("model", "num_classes"):
-                default = getattr(owner, f.name)
-                group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind_of_option(f),
-                                   help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
+    add_options(parser.add_argument_group("training"), config)
+    add_options(parser.add_argument_group("model"), config.model, without=("num_classes",))
     args = parser.parse_args(argv)
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(args).items()}
-
-    def of(owner):
-        return {f.name: given[f.name] for f in dataclasses.fields(owner) if f.name in given}
-
-    args.changed = of(config) | of(config.model)
+    args.changed = given(args, config) | given(args, config.model)
     if args.changed.get("data", "shapes") != "shapes":
         args.changed["data"] = os.path.abspath(args.changed["data"])  # a checkpoint may be used from another folder
-    args.config = replace(config, **{k: v for k, v in args.changed.items() if k in of(config)},
-                          model=replace(config.model, **of(config.model)))
+    of_model = given(args, config.model)
+    args.config = replace(config, **{k: v for k, v in args.changed.items() if k not in of_model}, model=replace(config.model, **of_model))
     return args
-
-
-def kind_of_option(f) -> dict:
-    """How argparse reads the field of a configuration."""
-    if f.type is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if f.type == float | None:
-        return {"type": data.number_or_none, "metavar": "X"}
-    if f.type == str | None:
-        return {"metavar": "X"}
-    if type(f.metadata["valid"]) is tuple:
-        return {"choices": f.metadata["valid"]}
-    of_each = typing.get_args(f.type)  # of a tuple
-    return {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
 
 
 def set_up(args) -> tuple[TrainConfig, bool]:
     """What is to be trained, and whether it was begun before. Sees to it that no run is overwritten."""
-    checkpoints = evaluate.checkpoints_of(args.run)
+    checkpoints = checkpoints_of(args.run)
     restarted = checkpoints and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     if args.resume or restarted:
         fixed = sorted(f"--{name.replace('_', '-')}" for name in args.changed.keys() - RESUMABLE)
         if args.resume and fixed:
             raise ConfigError(f"--resume goes on with the configuration of {args.run}; leave out {', '.join(fixed)}")
-        config = config_from(evaluate.load_checkpoint(args.run), args.run)
+        config = config_from(load_checkpoint(args.run), args.run)
         return replace(config, **{k: v for k, v in args.changed.items() if k in RESUMABLE}), True
     if checkpoints:
         raise ConfigError(f"{args.run} holds a run already; go on with it (make resume RUN={args.run}), choose another folder "
@@ -508,7 +475,7 @@ def set_up(args) -> tuple[TrainConfig, bool]:
     if not config.data:
         raise ConfigError("no data set; name a COCO-format folder with DATA=... (--data)")
     if args.init_from:  # its weights mean nothing in another architecture
-        theirs = evaluate.load_checkpoint(args.init_from)["config"]["model"]
+        theirs = load_checkpoint(args.init_from)["config"]["model"]
         adopted = {name: theirs[name] for name in ARCHITECTURE if name not in args.changed}
         config = replace(config, backbone_weights="none", model=replace(config.model, **adopted))
     return config, False

@@ -373,6 +373,17 @@ assert json.loads(extra["categories.json"])["names"] == ["a", "b", "c"] and "mod
         assert_same_detections(our.cut(*found), expected[:n], atol=1e-5)
 
 
+def test_the_export_command_takes_the_checkpoint_beside_the_file(tmp_path, monkeypatch, capsys):
+    model, *_ = detector_that_finds_things()
+    torch.save({"format": our.CHECKPOINT_FORMAT, "step": 1, "model": model.state_dict(), "config": {"model": asdict(model.config), "data": ""},
+                "categories": {"ids": [1, 2, 3], "names": ["a", "b", "c"]}}, tmp_path / "checkpoint-0000001.pt")
+    run_main(monkeypatch, "--export", tmp_path / "model.pt2", "--size", 64, 96)
+    assert "images of 64 x 96, a, b, c" in capsys.readouterr().out
+    boxes, scores, labels, count = torch.export.load(tmp_path / "model.pt2").module()(torch.zeros(1, 3, 64, 96, dtype=torch.uint8),
+                                                                                    torch.tensor([[64, 96]]))
+    assert boxes.shape[::2] == (1, 4) and scores.shape == labels.shape == boxes.shape[:2] and count.shape == (1,)
+
+
 def test_an_onnx_export_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     model, *_ = detector_that_finds_things()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -730,7 +741,7 @@ def test_the_command_converts_a_file_into_a_checkpoint(maskrcnn, tmp_path, monke
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_nothing(maskrcnn, tmp_path, monkeypatch):
     torch.save(maskrcnn, tmp_path / "FCOS.pth")
-    for out, reason in ((tmp_path / "nowhere" / "model.pt", "nowhere does not exist"), (tmp_path / "folder", "directory")):
+    for out, reason in ((tmp_path / "nowhere" / "model.pt", "No such file or directory"), (tmp_path / "folder", "directory")):
         (tmp_path / "folder").mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match=f"{out}: cannot be written .*{reason}.*; free some space, or name another file with --out"):
             run_main(monkeypatch, "--convert", tmp_path / "FCOS.pth", "--form", "fcos_plus", "--out", out)

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from model import FCOS, ModelConfig
+from model import FCOS, ModelConfig, build_detector, checkpoints_of, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
@@ -56,7 +56,7 @@ def losses_of(run):
 
 
 def weights_of(run):
-    return evaluate.load_checkpoint(run)["model"]
+    return load_checkpoint(run)["model"]
 
 
 def assert_same_bits(run, other):
@@ -134,7 +134,7 @@ def test_killed_at_random_moments_it_resumes_bit_for_bit(dataset, uninterrupted,
     draw = random.Random(0)
     options = ["--num-workers", 1, "--checkpoint-every", 2]
     process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, *options)
-    wait_for(lambda: evaluate.checkpoints_of(tmp_path), process)
+    wait_for(lambda: checkpoints_of(tmp_path), process)
     for kill in range(5):
         if kill % 2:  # while a checkpoint is being written
             wait_for(lambda: process.poll() is not None or list(tmp_path.glob("*.part")), process)
@@ -158,7 +158,7 @@ def test_sigterm_finishes_the_step_saves_and_says_so_by_its_exit_code(dataset, u
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code == 128 + signal.SIGTERM and f"make resume RUN={tmp_path}" in output
-    stopped = evaluate.load_checkpoint(tmp_path)["step"]
+    stopped = load_checkpoint(tmp_path)["step"]
     assert 2 <= stopped < 30 and len(losses_of(tmp_path)) == stopped
     run_to_end("--resume", "--run-dir", tmp_path, "--skip-eval")
     assert_same_bits(tmp_path, uninterrupted)
@@ -166,10 +166,10 @@ def test_sigterm_finishes_the_step_saves_and_says_so_by_its_exit_code(dataset, u
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(dataset, uninterrupted, tmp_path):
     process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--checkpoint-every", 5)
-    wait_for(lambda: len(evaluate.checkpoints_of(tmp_path)) == 2 and (tmp_path / "checkpoint-0000010.pt").exists(), process)
+    wait_for(lambda: len(checkpoints_of(tmp_path)) == 2 and (tmp_path / "checkpoint-0000010.pt").exists(), process)
     process.kill()
     process.communicate()
-    newest = evaluate.checkpoints_of(tmp_path)[0]
+    newest = checkpoints_of(tmp_path)[0]
     with open(newest, "r+b") as file:
         file.truncate(newest.stat().st_size // 2)
     output = run_to_end("--resume", "--run-dir", tmp_path, "--skip-eval")
@@ -227,7 +227,7 @@ def test_out_of_memory_names_images_pixels_boxes_and_what_to_set(dataset, tmp_pa
     (step_0,) = shown
     assert f"on {step_0.images.shape[3]} x {step_0.images.shape[2]} pixels" in str(raised.value)
     assert f"up to {max(map(len, step_0.boxes))} boxes" in str(raised.value)
-    assert evaluate.load_checkpoint(tmp_path)["step"] == 0
+    assert load_checkpoint(tmp_path)["step"] == 0
 
 
 def test_training_ends_with_the_evaluation_and_both_are_in_metrics_jsonl(dataset, tmp_path):
@@ -253,7 +253,7 @@ def test_train_and_val_of_different_categories_stop_before_training(dataset, tmp
     val = tmp_path / "data" / "annotations" / "instances_val.json"
     val.write_text(val.read_text().replace("ellipse", "oval"))
     code, output = finish(start(*TINY, "--data", tmp_path / "data", "--run-dir", tmp_path / "run"))
-    assert code == 1 and "'oval'" in output and "'ellipse'" in output and not evaluate.checkpoints_of(tmp_path / "run")
+    assert code == 1 and "'oval'" in output and "'ellipse'" in output and not checkpoints_of(tmp_path / "run")
 
 
 def test_a_finished_run_says_so_and_another_never_overwrites_it(dataset, uninterrupted):
@@ -283,7 +283,7 @@ def test_resume_refuses_another_configuration_and_a_changed_data_set(dataset, un
     (lambda c: c.update(format=0), "not a checkpoint of this version of the code"),
 ])
 def test_a_checkpoint_that_cannot_be_gone_on_from_says_why_and_stays(uninterrupted, tmp_path, monkeypatch, change, says):
-    checkpoint = evaluate.load_checkpoint(uninterrupted)
+    checkpoint = load_checkpoint(uninterrupted)
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "checkpoint-0000030.pt")
     before = (tmp_path / "checkpoint-0000030.pt").read_bytes()
@@ -294,10 +294,10 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_says_why_and_stays(uninterrupt
 
 
 def test_checkpoints_hold_nothing_but_tensors_and_plain_types_and_two_are_kept(uninterrupted):
-    checkpoint = torch.load(evaluate.checkpoints_of(uninterrupted)[0], weights_only=True)
+    checkpoint = torch.load(checkpoints_of(uninterrupted)[0], weights_only=True)
     assert {"model", "optimizer", "step", "random_state", "config", "categories"} <= checkpoint.keys()
     assert train.config_from(checkpoint).model.num_classes == 3 and checkpoint["categories"]["names"] == list(data.SHAPES)
-    assert len(evaluate.checkpoints_of(uninterrupted)) == 2
+    assert len(checkpoints_of(uninterrupted)) == 2
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
@@ -305,19 +305,19 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(data.DataError, match="No space left on device.*start again"):
+    with pytest.raises(train.ConfigError, match="No space left on device.*start again"):
         train.save_checkpoint(tmp_path, {"step": 0})
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     train.save_checkpoint(tmp_path, {"step": 1})
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(data.DataError, match="No space left on device.*--resume"):
+    with pytest.raises(train.ConfigError, match="No space left on device.*--resume"):
         train.save_checkpoint(tmp_path, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000001.pt"]
 
 
 def test_init_from_takes_the_weights_but_not_the_outputs_of_other_classes(uninterrupted, capsys):
-    model = FCOS(replace(evaluate.build_detector(evaluate.load_checkpoint(uninterrupted)).config, num_classes=5))
+    model = FCOS(replace(build_detector(load_checkpoint(uninterrupted)).config, num_classes=5))
     before = model.head.cls_logits.weight.clone()
     train.init_from(model, uninterrupted, {"names": list("abcde")})
     told = capsys.readouterr().out
