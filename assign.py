@@ -104,16 +104,15 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
     order = area.argsort(stable=True)
     box, label, image = box[order], label[order], image[order]
 
-    # winner[n, l] is the best box that claims location l of image n; B stands for background. Column L is where
-    # the visited cells that are not positive go.
-    winner = torch.full((N, L + 1), B, device=device)
+    # winner[n, l] is the best box that claims location l of image n; B, worse than any, stands for background.
+    winner = torch.full((N, L), B, device=device, dtype=torch.int32)
     lower, upper = box[:, :2], box[:, 2:]                                        # (B, 2): x, y
     first = 0                                                                    # the level's first location
     for level in locations.levels:
         last = first + level.height * level.width
         xs = locations.xy[first:first + level.width, 0]                          # (W,)
         ys = locations.xy[first:last:level.width, 1]                             # (H,)
-        lowest, highest = locations.size_range[first]
+        size_range = locations.size_range[first]                                 # (2,)
         if radius is not None:
             centre = (box[:, :2] + box[:, 2:]) / 2
             lower = torch.maximum(box[:, :2], centre - radius * level.stride)
@@ -121,16 +120,14 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
             extent = 2 * radius
         else:                                          # no larger box is within the range, but on the last level
             extent = 2 * CELLS_IN_RANGE if level is not locations.levels[-1] else math.inf
-        x_cell, x_inside, x_size = _window(xs, lower[:, 0], upper[:, 0], box[:, 0], box[:, 2], level.stride, extent)
-        y_cell, y_inside, y_size = _window(ys, lower[:, 1], upper[:, 1], box[:, 1], box[:, 3], level.stride, extent)
-        size = torch.maximum(y_size[:, :, None], x_size[:, None, :])             # (B, V, U): max(l, t, r, b)
-        positive = y_inside[:, :, None] & x_inside[:, None, :] & (size >= lowest) & (size <= highest)
-        location = first + y_cell[:, :, None] * level.width + x_cell[:, None, :]
-        slot = image.view(-1, 1, 1) * (L + 1) + torch.where(positive, location, L)
-        rank = torch.arange(B, device=device).view(-1, 1, 1).expand_as(slot)
-        winner.view(-1).scatter_reduce_(0, slot.flatten(), rank.flatten(), "amin")
+        x_cell, x_fits, x_far = _window(xs, lower[:, 0], upper[:, 0], box[:, 0], box[:, 2], level.stride, extent, *size_range)
+        y_cell, y_fits, y_far = _window(ys, lower[:, 1], upper[:, 1], box[:, 1], box[:, 3], level.stride, extent, *size_range)
+        positive = y_fits[:, :, None] & x_fits[:, None, :] & (y_far[:, :, None] | x_far[:, None, :])    # (B, V, U)
+        rank = torch.where(positive, torch.arange(B, device=device, dtype=torch.int32)[:, None, None], B)
+        row = image[:, None] * L + first + y_cell * level.width                  # (B, V)
+        location = row[:, :, None] + x_cell[:, None, :]                          # (B, V, U)
+        winner.view(-1).scatter_reduce_(0, location.flatten(), rank.flatten(), "amin")
         first = last
-    winner = winner[:, :L]                                                       # (N, L)
 
     box = torch.cat([box, box.new_zeros(1, 4)])[winner]                          # (N, L, 4)
     label = torch.cat([label, label.new_full((1,), -1)])[winner]                 # (N, L)
@@ -138,18 +135,20 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
     return Targets(label, torch.where(label[..., None] >= 0, ltrb, 0.0))
 
 
-def _window(centres, lower, upper, start, end, stride, extent):
+def _window(centres, lower, upper, start, end, stride, extent, lowest, highest):
     """Along one axis, the run of cells that holds all centres strictly between `lower` and `upper` (both (B,)).
 
-    Returns each cell's index, whether its centre is inside, and its distance to the farther end of the box
-    `start` .. `end`; all (B, V) for an interval of at most `extent` strides, which V - 1 cells can cover.
+    Returns, for an interval of at most `extent` strides, which V - 1 cells can cover, all (B, V): each cell's index;
+    whether its centre is inside, and not farther than `highest` from either end of the box, `start` .. `end`; and
+    whether it is as far as `lowest` from one of them. The maximum over both axes is in the range iff both fit and one is far.
     """
     cells = len(centres) if math.isinf(extent) else min(len(centres), math.ceil(extent) + 1)
     before = ((lower - centres[0]) / stride).floor().clamp(0, len(centres) - cells).long()  # (B,)
     cell = before[:, None] + torch.arange(cells, device=before.device)                      # (B, V)
     centre = centres[cell]
     inside = (centre > lower[:, None]) & (centre < upper[:, None])
-    return cell, inside, torch.maximum(centre - start[:, None], end[:, None] - centre)
+    size = torch.maximum(centre - start[:, None], end[:, None] - centre)
+    return cell, inside & (size <= highest), size >= lowest
 
 
 # --- what it looks like -----------------------------------------------------------------------------------------------

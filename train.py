@@ -42,8 +42,8 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of, dtype_of, given, load_checkpoint,
-                   option, rebuilt, write_whole)
+from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of, dtype_of,
+                   given, load_checkpoint, option, rebuilt, write_whole)
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -106,8 +106,8 @@ PRESETS = {
         model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
                           short_side=280, long_side=440, enlarge=False, **improved),
         data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
-        lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0, num_workers=0,
-        eval_every=200),
+        lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0,
+        num_workers=0, eval_every=200),
     "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
     "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
     "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),
@@ -269,8 +269,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
 
     # data
     dataset = data.open_split(config.data, run, "train", config.train_split)
-    images = dataset.with_boxes()
-    annotations = dataset.annotations
+    images, annotations, digest = dataset.with_boxes(), dataset.annotations, data_hash(dataset)
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
     if len(images) == 0:
         raise DataError(f"{annotations.path}: no image has a box that can be learned")
@@ -301,7 +300,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     first_step = 0
     if resume:
         checkpoint = load_checkpoint(run)
-        if checkpoint.get("data_hash") != data_hash(dataset):
+        if checkpoint.get("data_hash") != digest:
             raise ConfigError(f"{annotations.path} is not what {run} was trained on so far; restore it, or start another run "
                               "from these weights with --init-from")
         model.load_state_dict(checkpoint["model"])
@@ -323,12 +322,10 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
                                           gradient_as_bucket_view=True)
         network.register_comm_hook(None, add_up)
 
-    hash_of_data = data_hash(dataset)
-
     def checkpoint_of(step):
         return {"format": CHECKPOINT_FORMAT, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "random_state": torch.get_rng_state(), "config": dataclasses.asdict(config), "categories": categories,
-                "data_hash": hash_of_data}
+                "data_hash": digest}
 
     if rank == 0 and not resume:
         save_checkpoint(run, checkpoint_of(0))  # from here on, the folder is this run's and --resume goes on with it
