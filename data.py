@@ -526,9 +526,13 @@ class Loader(DataLoader):
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
+def as_it_is(batch):
+    return batch
+
+
 def make_loader(dataset: CocoDataset, batch_sampler, num_workers: int, pin_memory=False) -> DataLoader:
     """Batches in the sampler's order, loaded by worker processes."""
-    return Loader(dataset, batch_sampler=batch_sampler, collate_fn=lambda batch: batch, num_workers=num_workers,
+    return Loader(dataset, batch_sampler=batch_sampler, collate_fn=as_it_is, num_workers=num_workers,
                   pin_memory=pin_memory, persistent_workers=num_workers > 0)
 
 

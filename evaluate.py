@@ -55,7 +55,9 @@ class Results(NamedTuple):
 # --- detection over a data set ----------------------------------------------------------------------------------------
 
 def join_process_group(device: torch.device):
-    """Find the other processes that torchrun started, if it did."""
+    """Take the device, and find the other processes that torchrun started, if it did."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:
         # Under a key of its own: else a restarted process finds the addresses that its dead predecessors left.
         store, rank, world = next(dist.rendezvous("env://"))

@@ -475,7 +475,7 @@ class Detector:
             graph = torch.cuda.CUDAGraph()
             # One pool of memory for all graphs: results are copied away before the next one runs.
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # the loader pins memory meanwhile
                 found = suppress(*self._candidates(*held, locations), self.config)
             self.graphs[shape] = graph, held, locations, found
         graph, held, _, found = self.graphs[shape]

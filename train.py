@@ -483,8 +483,6 @@ def main():
     if args.plot:
         return plot(args.plot)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     evaluate.join_process_group(device)
     config, resume = set_up(args)
     run = Path(args.run)
