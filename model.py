@@ -445,41 +445,36 @@ class Detector:
     def __init__(self, model: FCOS, device: torch.device, precision: str = "auto"):
         self.config, self.device = model.config, device
         self.model = inference_copy(model, dtype_of(precision, device)).to(device)
-        self.graphs, self.seen, self.pool = {}, set(), None
+        self.graphs = {}  # shape of images -> None where it was seen once, then the graph, its inputs and its outputs
+        self.pool = None  # of memory, one for all graphs: results are copied away before another one runs
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, image_sizes: Tensor) -> list[Detections]:
         """Detections on the CPU. images (N, 3, H, W) uint8 and image_sizes (N, 2), on any device."""
         shape = tuple(images.shape)
-        if self.device.type == "cuda" and shape in self.seen and csrc.available():
-            found = self._replay(images, image_sizes)
+        if self.device.type == "cuda" and shape in self.graphs and csrc.available():
+            found = self._replay(shape, images, image_sizes)
         else:
-            self.seen.add(shape)
             found = suppress(*self.candidates(images, image_sizes), self.config)
+            self.graphs[shape] = None
         return cut(*(x.cpu() for x in found))
 
     @torch.inference_mode()
     def candidates(self, images, image_sizes):
         """See `candidates`; on the device."""
+        images, image_sizes = images.to(self.device, non_blocking=True), image_sizes.to(self.device, non_blocking=True)
         locations = make_locations(*images.shape[2:], offset=self.config.location_offset, device=self.device)
-        return self._candidates(images.to(self.device, non_blocking=True), image_sizes.to(self.device), locations)
-
-    def _candidates(self, images, image_sizes, locations):
         return candidates(self.model(images, image_sizes), locations, image_sizes, self.config)
 
-    def _replay(self, images, image_sizes):
-        shape = tuple(images.shape)
-        if shape not in self.graphs:
-            held = torch.empty_like(images, device=self.device), torch.empty_like(image_sizes, device=self.device)
-            locations = make_locations(*shape[2:], offset=self.config.location_offset, device=self.device)
-            graph = torch.cuda.CUDAGraph()
-            # One pool of memory for all graphs: results are copied away before the next one runs.
+    def _replay(self, shape, *inputs):
+        if self.graphs[shape] is None:
+            held, graph = [torch.empty_like(x, device=self.device) for x in inputs], torch.cuda.CUDAGraph()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # the loader pins memory meanwhile
-                found = suppress(*self._candidates(*held, locations), self.config)
-            self.graphs[shape] = graph, held, locations, found
-        graph, held, _, found = self.graphs[shape]
-        for place, new in zip(held, (images, image_sizes)):
+                found = suppress(*self.candidates(*held), self.config)
+            self.graphs[shape] = graph, held, found
+        graph, held, found = self.graphs[shape]
+        for place, new in zip(held, inputs):
             place.copy_(new, non_blocking=True)
         graph.replay()
         return found
