@@ -132,11 +132,11 @@ def lr_at(step: int, config: TrainConfig) -> float:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(run: Path, checkpoint: dict, keep=2):
-    """Write a checkpoint, and delete all but the last `keep`."""
+    """Write a checkpoint, and delete all but the last `keep`, and what a kill left unfinished."""
     path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
     go_on = f"go on from the one before it with --resume --run-dir {run}" if checkpoints_of(run) else "start again"
     write_whole(path, lambda file: torch.save(checkpoint, file), f"free some space and {go_on}")
-    for old in checkpoints_of(run)[keep:]:
+    for old in [*checkpoints_of(run)[keep:], *run.glob("checkpoint-*.part")]:
         old.unlink()
 
 

@@ -300,6 +300,12 @@ def test_checkpoints_hold_nothing_but_tensors_and_plain_types_and_two_are_kept(u
     assert len(checkpoints_of(uninterrupted)) == 2
 
 
+def test_what_a_kill_left_unfinished_is_gone_with_the_next_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-0000002.part").write_bytes(b"half")
+    train.save_checkpoint(tmp_path, {"step": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000003.pt"]
+
+
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     def no_space(*args):
         raise OSError(28, "No space left on device")
@@ -372,7 +378,7 @@ def test_every_field_of_both_configurations_is_an_option_with_help():
 
 NONSENSE = {"int": ("-1", "99999999999999999999"), "float": ("-1", "nan", "inf"), "NoneType": ("-1", "0", "nan")}  # type -> values
 NONSENSE_TOO = ["--batch-size 0", "--steps 0", "--lr 0", "--train-short-sides 0 64", "--train-short-sides 800 640", "--flip 2",
-                "--canvas-multiple 0", "--log-every 0", "--checkpoint-every 0", "--frozen-stages 6", "--channels 20", "--channels 0",
+                "--log-every 0", "--checkpoint-every 0", "--frozen-stages 6", "--channels 20", "--channels 0",
                 "--location-offset 7", "--pixel-std 0 1 1", "--pixel-mean nan 1 1", "--short-side 0", "--long-side 0",
                 "--score-threshold 2", "--candidates-per-level 0", "--nms-iou 2", "--max-detections 0"]
 
