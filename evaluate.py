@@ -199,7 +199,7 @@ def explain(metrics: dict, annotations: Annotations, results: Results) -> list[s
         return [f"every figure is -1: {a.path} has no boxes (crowds aside) to find"]
     if len(results.scores) == 0:
         return [f"every figure is 0: not one detection scored above the threshold, against {boxes} true boxes; the detector has "
-                "learned too little (train longer), or --score-threshold is too high"]
+                "learned too little (train longer), or the score threshold in its configuration is too high"]
     sentences = []
     for size, bounds in (("small", "under 32 x 32"), ("medium", "of 32 x 32 to 96 x 96"), ("large", "over 96 x 96")):
         value = metrics["figures"][f"AP {size}"]
