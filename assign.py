@@ -10,16 +10,16 @@ A location is positive for a box iff
 
  1. it lies strictly inside the box -- with center sampling, strictly inside the square  centre +- radius * stride
     clipped to the box, since locations near a box's edge predict it badly;
- 2. max(l, t, r, b) of the whole box is within the size range of the location's level, ends included: a level
-    learns the boxes of up to 8 strides, [-1, 64] [64, 128] [128, 256] [256, 512] [512, inf] for strides 8 .. 128.
+ 2. max(l, t, r, b) of the whole box is within the size range of the location's level, ends included: its farthest
+    side is at most 8 strides away, [-1, 64] [64, 128] [128, 256] [256, 512] [512, inf] for strides 8 .. 128.
 
 Where several boxes qualify the smallest area wins, and on equal areas the first box. Everything else is background.
 
-The usual implementation compares all L locations with all G boxes. Here every box visits only the few cells around
-its centre, so that time and memory hardly depend on G; `tests/test_assign.py` holds it to the definition above.
+The usual implementation compares all L locations with all G boxes. Here every box visits only the cells that can be
+its own, few with center sampling, so that time and memory hardly depend on G; `tests/test_assign.py` holds it to the definition above.
 
     python assign.py                                        which location learns which box, in a drawn example
-    python assign.py IMAGE_ID --data DIR --split val2017    in an image of a COCO-format data set, at its own size
+    python assign.py IMAGE_ID --data DIR                    in an image of a COCO-format data set, at its own size
 
 Letters: N images, L locations over all levels, B boxes of all images, G of one; a level has H x W cells, and a box
 visits a window of V x U of them; K are the locations of a level that learn.
@@ -90,7 +90,7 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
         labels: N tensors (G,), int64 in [0, C).
         radius: of center sampling, in strides; None makes the whole box positive.
 
-    No step waits for the device and no tensor grows with L * G.
+    No step waits for the device. With center sampling no tensor grows with L * G.
     """
     N, L, device = len(boxes), len(locations.xy), locations.xy.device
     counts = torch.tensor([len(b) for b in boxes]).to(device, non_blocking=True)
@@ -106,7 +106,8 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
 
     # winner[n, l] is the best box that claims location l of image n; B, worse than any, stands for background.
     winner = torch.full((N, L), B, device=device, dtype=torch.int32)
-    lower, upper = box[:, :2], box[:, 2:]                                        # (B, 2): x, y
+    start, end = box[:, :2], box[:, 2:]                                          # (B, 2): x, y
+    lower, upper, centre = start, end, (start + end) / 2
     first = 0                                                                    # the level's first location
     for level in locations.levels:
         last = first + level.height * level.width
@@ -114,14 +115,13 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
         ys = locations.xy[first:last:level.width, 1]                             # (H,)
         size_range = locations.size_range[first]                                 # (2,)
         if radius is not None:
-            centre = (box[:, :2] + box[:, 2:]) / 2
-            lower = torch.maximum(box[:, :2], centre - radius * level.stride)
-            upper = torch.minimum(box[:, 2:], centre + radius * level.stride)
+            lower = torch.maximum(start, centre - radius * level.stride)
+            upper = torch.minimum(end, centre + radius * level.stride)
             extent = 2 * radius
         else:                                          # no larger box is within the range, but on the last level
             extent = 2 * CELLS_IN_RANGE if level is not locations.levels[-1] else math.inf
-        x_cell, x_fits, x_far = _window(xs, lower[:, 0], upper[:, 0], box[:, 0], box[:, 2], level.stride, extent, *size_range)
-        y_cell, y_fits, y_far = _window(ys, lower[:, 1], upper[:, 1], box[:, 1], box[:, 3], level.stride, extent, *size_range)
+        x_cell, x_fits, x_far = _window(xs, lower[:, 0], upper[:, 0], start[:, 0], end[:, 0], level.stride, extent, *size_range)
+        y_cell, y_fits, y_far = _window(ys, lower[:, 1], upper[:, 1], start[:, 1], end[:, 1], level.stride, extent, *size_range)
         positive = y_fits[:, :, None] & x_fits[:, None, :] & (y_far[:, :, None] | x_far[:, None, :])    # (B, V, U)
         rank = torch.where(positive, torch.arange(B, device=device, dtype=torch.int32)[:, None, None], B)
         row = image[:, None] * L + first + y_cell * level.width                  # (B, V)
@@ -143,8 +143,8 @@ def _window(centres, lower, upper, start, end, stride, extent, lowest, highest):
     whether it is as far as `lowest` from one of them. The maximum over both axes is in the range iff both fit and one is far.
     """
     cells = len(centres) if math.isinf(extent) else min(len(centres), math.ceil(extent) + 1)
-    before = ((lower - centres[0]) / stride).floor().clamp(0, len(centres) - cells).long()  # (B,)
-    cell = before[:, None] + torch.arange(cells, device=before.device)                      # (B, V)
+    first = ((lower - centres[0]) / stride).floor().clamp(0, len(centres) - cells).long()  # (B,): last not beyond `lower`
+    cell = first[:, None] + torch.arange(cells, device=first.device)                       # (B, V)
     centre = centres[cell]
     inside = (centre > lower[:, None]) & (centre < upper[:, None])
     size = torch.maximum(centre - start[:, None], end[:, None] - centre)
@@ -167,7 +167,10 @@ def example() -> tuple[Image.Image, Tensor]:
 
 def read(folder: Path, split: str, image_id: int | None) -> tuple[Image.Image, Tensor]:
     """An image of a COCO-format data set (None: its first one) and the boxes to learn (G, 4)."""
-    content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+    found = sorted((folder / "annotations").glob(f"instances_{split}.json"))
+    if not found:
+        raise ValueError(f"{folder}: no annotations/instances_{split}.json; name another with --split")
+    content, split = json.loads(found[0].read_text()), found[0].stem.removeprefix("instances_")
     entry = next((image for image in content["images"] if image_id in (None, image["id"])), None)
     if entry is None:
         raise ValueError(f"{folder}: split {split} has no image {image_id}")
@@ -208,7 +211,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw which location learns which box.")
     parser.add_argument("image_id", type=int, nargs="?", help="image of the data set (default: its first one)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="COCO-format data set (default: a drawn example)")
-    parser.add_argument("--split", default="val2017", help="of the data set (default: val2017)")
+    parser.add_argument("--split", default="val*", help="of the data set (default: the first val*)")
     parser.add_argument("--out", type=Path, default="runs/assign.png", metavar="FILE", help="default: runs/assign.png")
     args = parser.parse_args(argv)
     if args.image_id is not None and args.data is None:

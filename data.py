@@ -103,7 +103,7 @@ def find_split(root: str, kind: str, split: str | None = None) -> tuple[Path, Pa
         found = [s for s in splits if s == f"{kind}2017"] or [s for s in splits if s.startswith(kind)]
         if len(found) != 1:
             raise DataError(f"{folder}: {'no' if not found else 'more than one'} {kind} split among "
-                            f"{splits or 'no instances_*.json files'}; name one with --{kind}-split")
+                            f"{splits or 'no instances_*.json files'}; name one with --{kind}-split (python data.py: --split)")
         split = found[0]
     elif split not in splits:
         raise DataError(f"{folder}: no instances_{split}.json; there is {', '.join(splits) or 'none at all'}")
@@ -306,14 +306,12 @@ def faults(annotations: Annotations) -> dict[str, np.ndarray]:
     return reasons
 
 
-def usable_boxes(annotations: Annotations) -> tuple[Boxes, dict[str, int]]:
-    """The boxes that training uses, clipped to their image, and why the others are not used: {reason: count}."""
+def usable_boxes(annotations: Annotations) -> Boxes:
+    """The boxes that training uses, clipped to their image: no crowds, and none with a fault."""
     a = annotations
-    reasons = {"crowd boxes": a.crowd} | {reason: rows & ~a.crowd for reason, rows in faults(a).items()}
-    keep = ~np.logical_or.reduce(list(reasons.values()))
+    keep = ~np.logical_or.reduce([a.crowd, *faults(a).values()])
     first = np.concatenate([[0], np.bincount(a.image_of()[keep], minlength=len(a.image_ids)).cumsum()])
-    boxes = Boxes(first, clip(a)[keep].astype(np.float32), a.labels[keep])
-    return boxes, {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
+    return Boxes(first, clip(a)[keep].astype(np.float32), a.labels[keep])
 
 
 # --- 2. deciding ------------------------------------------------------------------------------------------------------
@@ -356,7 +354,8 @@ class TrainSampler:
         `canvas_sides`: how many lengths a side of the canvas may have, 0: any multiple of 32."""
         self.sizes, self.images, self.batch_size, self.seed = sizes, np.asarray(images), batch_size, seed
         self.short_sides, self.long_side, self.enlarge, self.flip = short_sides, long_side, enlarge, flip
-        steps = np.linspace(short_sides[1], max(short_sides[1], long_side), canvas_sides)
+        largest = [resized(*size, short_sides[1], long_side, enlarge) for size in np.unique(sizes, axis=0).tolist()]
+        steps = np.linspace(max(map(min, largest)), max(map(max, largest)), canvas_sides)  # of the short sides, of the long ones
         self.sides = sorted({-(-int(side) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in steps})
         self.batches_per_epoch = -(-len(self.images) // batch_size)
         self._epoch = (-1, None)
@@ -431,7 +430,7 @@ class CocoDataset(Dataset):
 
     def __init__(self, annotations: Annotations, folder):
         self.annotations, self.folder = annotations, str(folder)
-        self.boxes, self.dropped = usable_boxes(annotations)
+        self.boxes = usable_boxes(annotations)
 
     def __len__(self):
         return len(self.annotations.image_ids)
@@ -898,7 +897,7 @@ def _draw_shapes(random, size):
 def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
     """Read, describe and draw one split, and write its repaired copy."""
     json_file, folder = find_split(args.dir, kind, args.split)
-    problems, hashes, bad = [], [], []
+    problems, hashes = [], []
     dataset = CocoDataset(read_annotations(json_file, problems), folder)
     problems += find_problems(dataset)
     bad = dataset.missing()

@@ -5,7 +5,7 @@
     python evaluate.py RUN --images a.jpg folder/     detections on pictures of one's own
     python evaluate.py RUN --tta                      with test-time augmentation: several sizes, mirrored or not, merged
     python evaluate.py torchvision --data DIR         torchvision's published FCOS, through this code
-    torchrun --nproc-per-node 8 evaluate.py RUN       shared out over GPUs: every image once, the same figures
+    torchrun --standalone --nproc-per-node 8 evaluate.py RUN    shared out: every image once, the same figures
 
 A checkpoint carries its configuration and categories, so that nothing else is needed. Average precision is
 pycocotools'. The average over IoU thresholds 0.50, 0.55, .. 0.95 is "AP"; AP50 demands an IoU of 0.5 alone.
@@ -54,8 +54,9 @@ class Results(NamedTuple):
 
 # --- detection over a data set ----------------------------------------------------------------------------------------
 
-def join_process_group(device: torch.device):
-    """Take the device, and find the other processes that torchrun started, if it did."""
+def join_process_group() -> torch.device:
+    """Find the other processes that torchrun started, if it did. Returns the device of this one."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
@@ -63,11 +64,17 @@ def join_process_group(device: torch.device):
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_workers=0, tta=False) -> Results | None:
     """Detections in every image of a data set; in a process group shared out, and returned to rank 0 alone."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     config, sizes, image_ids = detector.config, dataset.annotations.sizes, dataset.annotations.image_ids
 
     def one_by_one():
@@ -455,8 +462,7 @@ def main():
     args = parser.parse_args()
     if args.batch_size < 1 or args.num_workers < 0:
         parser.error("--batch-size must be >= 1, and --num-workers >= 0")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    join_process_group(device)
+    device = join_process_group()
     checkpoint = load_checkpoint(args.weights)
     detector, categories = Detector(build_detector(checkpoint), device, args.precision), checkpoint["categories"]
     run = Path(args.weights)

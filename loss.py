@@ -13,6 +13,8 @@ processes, all accumulation steps), and w the centerness target of a positive lo
     iou = (I + 1) / (U + 1)         "iou"  -log(iou)        "linear_iou"  1 - iou
     giou = iou - (A - U) / A        "giou"  1 - giou
 
+The 1 keeps the logarithm finite, as UnitBox's code has it.
+
 The denominators need no prediction, only targets, so that they are known before the forward pass: `totals` computes
 them for some images, the training loop adds them up over everything, and the split of a batch changes nothing.
 
@@ -51,7 +53,7 @@ def box_loss(pred_ltrb: Tensor, target_ltrb: Tensor, kind: str) -> Tensor:
     """IoU loss of each predicted box against its target, both seen from the same location.
 
     Args:
-        pred_ltrb, target_ltrb: (K, 4) distances >= 0 in pixels.
+        pred_ltrb, target_ltrb: (K, 4) distances >= 0, both in pixels or both in strides.
         kind: "iou" (UnitBox, arXiv:1608.01471), "linear_iou" or "giou" (arXiv:1902.09630).
     Returns: (K,).
     """
@@ -81,10 +83,14 @@ def centerness_target(ltrb: Tensor) -> Tensor:
     return (torch.minimum(l, r) / torch.maximum(l, r) * (torch.minimum(t, b) / torch.maximum(t, b))).sqrt()
 
 
+def _weights(targets):
+    positive = targets.labels >= 0                                              # (N, L)
+    return positive, torch.where(positive, centerness_target(targets.ltrb), 0.0)
+
+
 def totals(targets: Targets) -> Totals:
     """The share of these images in the denominators of the losses."""
-    positive = targets.labels >= 0                                              # (N, L)
-    weight = torch.where(positive, centerness_target(targets.ltrb), 0.0)        # (N, L)
+    positive, weight = _weights(targets)
     return Totals(positive.sum().float(), weight.new_full((), len(weight)), weight.sum())
 
 
@@ -103,8 +109,7 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None 
         even where no image has a box.
     """
     over = totals(targets) if over is None else over
-    positive = targets.labels >= 0                                              # (N, L)
-    weight = torch.where(positive, centerness_target(targets.ltrb), 0.0)        # (N, L)
+    positive, weight = _weights(targets)                                        # (N, L) each
 
     # A background location has no box: there, target stands for prediction, which costs 0 and has gradient 0.
     pred_ltrb = torch.where(positive[..., None], outputs.ltrb, targets.ltrb)    # (N, L, 4)

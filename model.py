@@ -48,6 +48,8 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resn
              "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 
 
+# --- configuration: options, their limits, their command line ---------------------------------------------------------
+
 class ConfigError(ValueError):
     """A configuration that cannot be built; the message is one sentence with the remedy."""
 
@@ -106,7 +108,8 @@ def add_options(parser, config, without=()):
                 kind = {"type": number_or_none if float in of_each else str, "metavar": "X"}
             else:
                 kind = {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
-            text = f"{f.metadata['help']} (default: {getattr(config, f.name)})".replace("%", "%%")
+            default = getattr(config, f.name)
+            text = f"{f.metadata['help']}{'' if default in (None, '') else f' (default: {default})'}".replace("%", "%%")
             parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
 
 
@@ -137,8 +140,8 @@ class ModelConfig:
     pixel_mean: tuple[float, float, float] = option((123.675, 116.28, 103.53), "RGB, 0..255")
     pixel_std: tuple[float, float, float] = option((58.395, 57.12, 57.375), "RGB, 0..255", "> 0")
     short_side: int = option(800, "pixels, of a test image after resizing", ">= 1")
-    long_side: int = option(1333, "pixels, at most, though the short side gets shorter", ">= 1")
-    enlarge: bool = option(True, "whether smaller images are enlarged to that size")
+    long_side: int = option(1333, "pixels, at most, though the short side gets shorter; of training images, too", ">= 1")
+    enlarge: bool = option(True, "whether smaller images are enlarged to that size; training images, too")
     score_threshold: float = option(0.05, "lowest score of a candidate", "in [0, 1]")
     threshold_on: str = option("class", "score that it is compared with: class, or final (torchvision)", ("class", "final"))
     sqrt_score: bool = option(False, "final score: square root of class * centerness (improved), not the product")
@@ -203,8 +206,8 @@ class Backbone(nn.Module):
         norm_layer = torchvision.ops.FrozenBatchNorm2d if frozen_norm else lambda channels: nn.GroupNorm(channels // 16, channels)
         resnet = torchvision.models.get_model(config.backbone, norm_layer=norm_layer)
         self.out_channels = [resnet.fc.in_features // 4, resnet.fc.in_features // 2, resnet.fc.in_features]
-        load_backbone_weights(resnet, config.backbone, weights)
         del resnet.fc, resnet.avgpool
+        load_backbone_weights(resnet, config.backbone, weights)
         if config.stride_in_1x1:
             for block in (resnet.layer2[0], resnet.layer3[0], resnet.layer4[0]):
                 if hasattr(block, "conv3"):  # a bottleneck; the blocks of ResNet-18 and 34 have no 1x1 convolution
@@ -250,14 +253,12 @@ def load_backbone_weights(resnet, name: str, weights: str):
                              "--backbone-weights none") from None
     else:
         state = load_weights(weights)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    state = {key: value for key, value in state.items() if not key.startswith("fc.") and not key.endswith("num_batches_tracked")}
     ours, theirs = ({(key, tuple(value.shape)) for key, value in part.items()} for part in (resnet.state_dict(), state))
-    ours = {(key, shape) for key, shape in ours if not key.startswith("fc.") and not key.endswith("num_batches_tracked")}
     if ours != theirs:
         raise ConfigError(f"{weights}: not the weights of a {name}; missing {sorted(ours - theirs)[:3]}, "
                           f"unexpected {sorted(theirs - ours)[:3]}")
-    resnet.load_state_dict(state, strict=False)
+    resnet.load_state_dict(state)
 
 
 # --- head and detector ------------------------------------------------------------------------------------------------
@@ -831,6 +832,8 @@ def main():
     if args.size and min(args.size) < 1:
         parser.error("--size must be >= 1")
     if args.export:
+        if changes:
+            parser.error(f"--export takes the configuration of the checkpoint; leave out {', '.join(changes)}")
         checkpoint = load_checkpoint(args.weights or Path(args.export).parent)
         model = build_detector(checkpoint)
         size = args.size or [-(-side // 32) * 32 for side in (model.config.short_side, model.config.long_side)]

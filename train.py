@@ -90,7 +90,7 @@ class TrainConfig:
 
 ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth", "centerness_on_box_tower", "box_unit",
                 "sqrt_score", "pixel_mean", "pixel_std")  # what --init-from takes over from the other checkpoint
-LOSSES = ("cls", "box", "centerness")
+TERMS = ("cls", "box", "centerness")  # of the loss
 RESUMABLE = {"data", "images_per_gpu", "accumulate", "num_workers", "log_every", "eval_every",
              "checkpoint_every", "checkpoint_minutes"}  # what may be changed on the way
 
@@ -231,7 +231,7 @@ def training_step(network, optimizer, parts: list[data.Batch], lr: float, config
 
     Nothing here waits for the device.
     """
-    device, world = parts[0].images.device, dist.get_world_size() if dist.is_initialized() else 1
+    device, (_, world) = parts[0].images.device, evaluate.rank_and_world()
     dtype = dtype_of(config.precision, device)
 
     # what every location should predict, and the denominators over the global batch
@@ -242,7 +242,7 @@ def training_step(network, optimizer, parts: list[data.Batch], lr: float, config
         dist.all_reduce(over)
 
     optimizer.zero_grad()
-    shares = torch.zeros(len(LOSSES), device=device)
+    shares = torch.zeros(len(TERMS), device=device)
     for part, target in zip(parts, targets):
         with nullcontext() if world == 1 or part is parts[-1] else network.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -250,7 +250,7 @@ def training_step(network, optimizer, parts: list[data.Batch], lr: float, config
             losses = fcos_loss(outputs, target, config.box_loss, Totals(*over),
                                stride=locations.stride if config.model.box_unit == "stride" else None)
             sum(losses.values()).backward()
-        shares += torch.stack([losses[name].detach() for name in LOSSES])
+        shares += torch.stack([losses[name].detach() for name in TERMS])
 
     if config.grad_clip:
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.grad_clip)
@@ -265,7 +265,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
 
     Returns the model, its categories, and the configuration with what the data set decides.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = evaluate.rank_and_world()
 
     # data
     dataset = data.open_split(config.data, run, "train", config.train_split)
@@ -361,19 +361,19 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         last, evaluate_now = done == config.steps, config.eval_every and done % config.eval_every == 0
         if device.type == "cuda" and done % config.log_every and done % config.checkpoint_every and not last and not evaluate_now:
             continue
-        read = torch.cat([torch.stack(unread).flatten(), torch.tensor([float(bool(stop_signal))], device=device)])
+        read = torch.stack([*unread, torch.full_like(unread[0], bool(stop_signal))])            # (steps + 1, 3)
         if world > 1:
             dist.all_reduce(read)
-        *read, stop = read.tolist()
-        for earlier, values in enumerate(zip(*[iter(read)] * len(LOSSES)), start=done - len(unread)):
+        *read, (stop, *_) = read.tolist()
+        for earlier, values in enumerate(read, start=done - len(unread)):
             if not all(map(math.isfinite, values)):
-                stop_at_non_finite(run, rank, earlier, dict(zip(LOSSES, values)), lr_at(earlier, config), annotations.image_ids[
+                stop_at_non_finite(run, rank, earlier, dict(zip(TERMS, values)), lr_at(earlier, config), annotations.image_ids[
                     [request.index for request in sampler.global_batch(earlier)]].tolist())
             recent.append(values)
         unread.clear()
         if rank == 0:
             if done % config.log_every == 0 or last:
-                progress.report(done, {name: sum(v) / len(v) for name, v in zip(LOSSES, zip(*recent))}, lr, device)
+                progress.report(done, {name: sum(v) / len(v) for name, v in zip(TERMS, zip(*recent))}, lr, device)
                 recent.clear()
             due = done % config.checkpoint_every == 0 or time.time() - saved_at > 60 * config.checkpoint_minutes
             if due or stop or last:
@@ -396,7 +396,8 @@ def evaluate_step(model, categories, config: TrainConfig, run: Path, device, ste
     """Evaluate on the validation split, and record the figures of this step. The report is written at the end alone."""
     validation = data.open_split(config.data, run, "val", config.val_split)
     out = run if step == config.steps else None
-    metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out)
+    metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out,
+                                num_workers=config.num_workers)
     if metrics:  # on rank 0
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | metrics["figures"]) + "\n")
@@ -421,7 +422,7 @@ def plot(runs: list[str], path="runs/curves.png"):
         if not file.exists():
             raise DataError(f"{file}: no such file; name folders of runs, such as {' '.join(map(str, Path('runs').glob('*/'))) or 'runs/demo'}")
         lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-        loss[Path(run).name] = list(zip(*[(line["step"], sum(line[name] for name in LOSSES)) for line in lines if "cls" in line]))
+        loss[Path(run).name] = list(zip(*[(line["step"], sum(line[name] for name in TERMS)) for line in lines if "cls" in line]))
         ap[Path(run).name] = list(zip(*[(line["step"], line["AP"]) for line in lines if "AP" in line]))
     panels = [(title, "step", {run: curve for run, curve in curves.items() if curve}) for title, curves in (("loss", loss), ("AP", ap))]
     Path(path).parent.mkdir(exist_ok=True)
@@ -447,11 +448,11 @@ def parse_arguments(argv):
     add_options(parser.add_argument_group("training"), config)
     add_options(parser.add_argument_group("model"), config.model, without=("num_classes",))
     args = parser.parse_args(argv)
-    args.changed = given(args, config) | given(args, config.model)
-    if args.changed.get("data", "shapes") != "shapes":
-        args.changed["data"] = os.path.abspath(args.changed["data"])  # a checkpoint may be used from another folder
-    of_model = given(args, config.model)
-    args.config = replace(config, **{k: v for k, v in args.changed.items() if k not in of_model}, model=replace(config.model, **of_model))
+    of_training, of_model = given(args, config), given(args, config.model)
+    if of_training.get("data", "shapes") != "shapes":
+        of_training["data"] = os.path.abspath(of_training["data"])  # a checkpoint may be used from another folder
+    args.changed = of_training | of_model
+    args.config = replace(config, **of_training, model=replace(config.model, **of_model))
     return args
 
 
@@ -482,13 +483,13 @@ def main():
     args = parse_arguments(sys.argv[1:])
     if args.plot:
         return plot(args.plot)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    evaluate.join_process_group(device)
+    device = evaluate.join_process_group()
     config, resume = set_up(args)
     run = Path(args.run)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if evaluate.rank_and_world()[0] == 0:
         data.make_folder(run, "RUN=... (--run-dir)")
-        data.open_split(config.data, run, "val", config.val_split)  # generates shapes
+        if config.data == "shapes":
+            data.make_shapes(run / "data")
     if dist.is_initialized():
         dist.barrier()
     model, categories, config = train(config, run, device, resume, args.init_from)

@@ -54,8 +54,8 @@ def test_box_losses_have_the_gradient_of_their_value(kind):
 
 
 def test_an_unknown_box_loss_is_refused_by_name():
-    with pytest.raises(ValueError, match="'diou' is unknown; choose one of iou, linear_iou, giou"):
-        box_loss(torch.ones(1, 4), torch.ones(1, 4), "diou")
+    with pytest.raises(ValueError, match="'nonsense' is unknown; choose one of iou, linear_iou, giou"):
+        box_loss(torch.ones(1, 4), torch.ones(1, 4), "nonsense")
 
 
 def test_no_box_costs_nothing():

@@ -398,7 +398,7 @@ def test_a_number_that_cannot_be_meant_is_refused_with_what_it_must_be():
 @pytest.mark.parametrize("field, value, must", [
     ("lr", "0.1", "of type float"), ("batch_size", 8.0, "of type int"), ("batch_size", True, "of type int"), ("data", None, "of type str"),
     ("train_short_sides", (64,), "of type tuple"), ("train_short_sides", [64, 64], "of type tuple"), ("model", {}, "of type ModelConfig"),
-    ("val_split", 3, r"of type str \| None"), ("box_loss", "diou", "one of iou, linear_iou, giou")])
+    ("val_split", 3, r"of type str \| None"), ("box_loss", "nonsense", f"one of {', '.join(train.BOX_LOSSES)}")])
 def test_a_value_of_another_type_is_refused_wherever_it_comes_from(field, value, must):
     with pytest.raises(train.ConfigError, match=f"^--{field.replace('_', '-')} .*: must be {must}"):
         replace(train.PRESETS["demo"], **{field: value})
@@ -423,7 +423,7 @@ def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path, monkeypatch):
     (["demo", "--resume"], "run: no such run folder or checkpoint"),
     (["demo", "--init-from", "nothing.pt"], "nothing.pt: no such run folder or checkpoint"),
     (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
-    (["demo", "--box-loss", "diou"], "invalid choice: 'diou'"),
+    (["demo", "--box-loss", "nonsense"], "invalid choice: 'nonsense'"),
     (["demo", "--batch-size", "many"], "invalid int value: 'many'"),
     (["demo", "--center-radius", "many"], "invalid number_or_none value: 'many'"),
     (["demo", "--train-short-sides", "800", "640"], "--train-short-sides (800, 640): must be >= 1, lower first"),
