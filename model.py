@@ -48,79 +48,13 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resn
              "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 
 
-# --- configuration: options, their limits, their command line ---------------------------------------------------------
-
 class ConfigError(ValueError):
     """A configuration that cannot be built; the message is one sentence with the remedy."""
-
-
-LIMITS = {  # what the numbers of an option must be: in words -> test
-    ">= 0": lambda *numbers: min(numbers) >= 0,
-    "> 0": lambda *numbers: min(numbers) > 0,
-    ">= 1": lambda *numbers: min(numbers) >= 1,
-    "in [0, 1]": lambda number: 0 <= number <= 1,
-    "in [0, 5]": lambda number: 0 <= number <= 5,
-    "a multiple of 8": lambda number: number > 0 and number % 8 == 0,
-    ">= 1, lower first": lambda low, high: 1 <= low <= high,
-}
 
 
 def option(default, help, valid=">= 0"):
     """A field of a configuration that `train.py --help` documents. `valid`: of a number a key of LIMITS, of a text the choices."""
     return field(default=default, metadata={"help": help, "valid": valid})
-
-
-def check(config):
-    """A ConfigError for the first value that cannot be meant, be it from the command line, from a checkpoint or from code."""
-    for f in fields(config):
-        value, valid = getattr(config, f.name), f.metadata.get("valid")
-        numbers = [v for v in (value if type(value) is tuple else [value]) if type(v) in (int, float)]
-        finite = all(abs(v) < (2**32 if type(v) is int else math.inf) for v in numbers)
-        if not is_of_type(value, f.type):
-            must = f"be of type {getattr(f.type, '__name__', f.type)}"
-        elif type(valid) is tuple and value not in valid:
-            must = f"be one of {', '.join(valid)}"
-        elif numbers and not (finite and LIMITS[valid](*numbers)):
-            must = f"be {valid}" + ", finite, and if whole below 2 ** 32" * (not finite)
-        else:
-            continue
-        raise ConfigError(f"--{f.name.replace('_', '-')} {value!r:.80}: must {must} ({f.metadata.get('help')})")
-
-
-def is_of_type(value, kind) -> bool:
-    """Whether a value is what a field's annotation says; a whole number is a number, too."""
-    of = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return type(value) is tuple and len(value) == len(of) and all(map(is_of_type, value, of))
-    return any(is_of_type(value, one) for one in of) if of else type(value) is kind or (type(value), kind) == (int, float)
-
-
-def add_options(parser, config, without=()):
-    """Give argparse an option for every field of a configuration. `given` reads them."""
-    for f in fields(config):
-        if f.metadata and f.name not in without:
-            of_each = typing.get_args(f.type)  # of a tuple, or X and None
-            if f.type is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            elif type(f.metadata["valid"]) is tuple:
-                kind = {"choices": f.metadata["valid"]}
-            elif type(None) in of_each:
-                kind = {"type": number_or_none if float in of_each else str, "metavar": "X"}
-            else:
-                kind = {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
-            default = getattr(config, f.name)
-            text = f"{f.metadata['help']}{'' if default in (None, '') else f' (default: {default})'}".replace("%", "%%")
-            parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
-
-
-def number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
-def given(args, config) -> dict:
-    """The fields of a configuration that were given on the command line."""
-    found = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -149,7 +83,8 @@ class ModelConfig:
     nms_iou: float = option(0.6, "a box that overlaps a better one of its class by more is dropped", "in [0, 1]")
     max_detections: int = option(100, "per image", ">= 1")
 
-    __post_init__ = check
+    def __post_init__(self):
+        check(self)
 
 
 class Outputs(NamedTuple):
@@ -816,6 +751,74 @@ def describe(config: ModelConfig, height: int, width: int) -> str:
               f"for each image {activations:.0f} kept for the backward pass (without losses and workspace)"]
     return "\n".join(lines)
 
+
+# --- configurations: limits and command line --------------------------------------------------------------------------
+
+LIMITS = {  # what the numbers of an option must be: in words -> test
+    ">= 0": lambda *numbers: min(numbers) >= 0,
+    "> 0": lambda *numbers: min(numbers) > 0,
+    ">= 1": lambda *numbers: min(numbers) >= 1,
+    "in [0, 1]": lambda number: 0 <= number <= 1,
+    "in [0, 5]": lambda number: 0 <= number <= 5,
+    "a multiple of 8": lambda number: number > 0 and number % 8 == 0,
+    ">= 1, lower first": lambda low, high: 1 <= low <= high,
+}
+
+
+def check(config):
+    """A ConfigError for the first value that cannot be meant, be it from the command line, from a checkpoint or from code."""
+    for f in fields(config):
+        value, valid = getattr(config, f.name), f.metadata.get("valid")
+        numbers = [v for v in (value if type(value) is tuple else [value]) if type(v) in (int, float)]
+        finite = all(abs(v) < (2**32 if type(v) is int else math.inf) for v in numbers)
+        if not is_of_type(value, f.type):
+            must = f"be of type {getattr(f.type, '__name__', f.type)}"
+        elif type(valid) is tuple and value not in valid:
+            must = f"be one of {', '.join(valid)}"
+        elif numbers and not (finite and LIMITS[valid](*numbers)):
+            must = f"be {valid}" + ", finite, and if whole below 2 ** 32" * (not finite)
+        else:
+            continue
+        raise ConfigError(f"--{f.name.replace('_', '-')} {value!r:.80}: must {must} ({f.metadata.get('help')})")
+
+
+def is_of_type(value, kind) -> bool:
+    """Whether a value is what a field's annotation says; a whole number is a number, too."""
+    of = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return type(value) is tuple and len(value) == len(of) and all(map(is_of_type, value, of))
+    return any(is_of_type(value, one) for one in of) if of else type(value) is kind or (type(value), kind) == (int, float)
+
+
+def add_options(parser, config, without=()):
+    """Give argparse an option for every field of a configuration. `given` reads them."""
+    for f in fields(config):
+        if f.metadata and f.name not in without:
+            of_each = typing.get_args(f.type)  # of a tuple, or X and None
+            if f.type is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            elif type(f.metadata["valid"]) is tuple:
+                kind = {"choices": f.metadata["valid"]}
+            elif type(None) in of_each:
+                kind = {"type": number_or_none if float in of_each else str, "metavar": "X"}
+            else:
+                kind = {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
+            default = getattr(config, f.name)
+            text = f"{f.metadata['help']}{'' if default in (None, '') else f' (default: {default})'}".replace("%", "%%")
+            parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def given(args, config) -> dict:
+    """The fields of a configuration that were given on the command line."""
+    found = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description="What a detector costs, --export of a trained one, or --convert of another codebase's.")

@@ -85,7 +85,8 @@ class TrainConfig:
     checkpoint_every: int = option(1000, "steps between two checkpoints", ">= 1")
     checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is due in any case")
 
-    __post_init__ = check
+    def __post_init__(self):
+        check(self)
 
 
 ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth", "centerness_on_box_tower", "box_unit",

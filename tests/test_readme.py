@@ -26,3 +26,13 @@ def test_every_preset_of_the_table_exists_and_no_other():
     from train import PRESETS
     table = README[README.index("## Models"):README.index("## The files")]
     assert set(re.findall(r"^\| `([a-z]\w+)` \|", table, re.M)) == set(PRESETS)
+
+
+def test_the_lines_that_a_worked_modification_changes_are_there():
+    blocks = re.findall(r"```diff\n--- (\S+)\n(.*?)```", README, re.S)
+    assert len(blocks) == 5
+    for path, block in blocks:
+        source = (ROOT / path).read_text()
+        for line in block.splitlines():
+            if line[0] in "- ":
+                assert line[1:].removesuffix("...").rstrip() in source, (path, line)
