@@ -114,12 +114,12 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
         xs = locations.xy[first:first + level.width, 0]                          # (W,)
         ys = locations.xy[first:last:level.width, 1]                             # (H,)
         size_range = locations.size_range[first]                                 # (2,)
+        # Of a box of s <= 8 strides, s are near enough to both sides, of a larger one 16 - s.
+        extent = CELLS_IN_RANGE if level is not locations.levels[-1] else math.inf
         if radius is not None:
             lower = torch.maximum(start, centre - radius * level.stride)
             upper = torch.minimum(end, centre + radius * level.stride)
-            extent = 2 * radius
-        else:                                          # no larger box is within the range, but on the last level
-            extent = 2 * CELLS_IN_RANGE if level is not locations.levels[-1] else math.inf
+            extent = min(extent, 2 * radius)
         x_cell, x_fits, x_far = _window(xs, lower[:, 0], upper[:, 0], start[:, 0], end[:, 0], level.stride, extent, *size_range)
         y_cell, y_fits, y_far = _window(ys, lower[:, 1], upper[:, 1], start[:, 1], end[:, 1], level.stride, extent, *size_range)
         positive = y_fits[:, :, None] & x_fits[:, None, :] & (y_far[:, :, None] | x_far[:, None, :])    # (B, V, U)
@@ -136,14 +136,15 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
 
 
 def _window(centres, lower, upper, start, end, stride, extent, lowest, highest):
-    """Along one axis, the run of cells that holds all centres strictly between `lower` and `upper` (both (B,)).
+    """Along one axis, a run of V cells for each box: all whose centre is strictly between `lower` and `upper`, and not
+    farther than `highest` from either end of the box, `start` .. `end` (all (B,)). They are at most `extent` strides apart.
 
-    Returns, for an interval of at most `extent` strides, which V - 1 cells can cover, all (B, V): each cell's index;
-    whether its centre is inside, and not farther than `highest` from either end of the box, `start` .. `end`; and
-    whether it is as far as `lowest` from one of them. The maximum over both axes is in the range iff both fit and one is far.
+    Returns, all (B, V): each cell's index; whether it is such a cell; and whether its centre is as far as `lowest` from
+    an end. The maximum over both axes is in the size range iff both fit and one is far.
     """
     cells = len(centres) if math.isinf(extent) else min(len(centres), math.ceil(extent) + 1)
-    first = ((lower - centres[0]) / stride).floor().clamp(0, len(centres) - cells).long()  # (B,): last not beyond `lower`
+    lowest_cell = (torch.maximum(lower, end - highest) - centres[0]) / stride
+    first = lowest_cell.floor().clamp(0, len(centres) - cells).long()                      # (B,)
     cell = first[:, None] + torch.arange(cells, device=first.device)                       # (B, V)
     centre = centres[cell]
     inside = (centre > lower[:, None]) & (centre < upper[:, None])
