@@ -449,8 +449,7 @@ class CocoDataset(Dataset):
                          if name not in there and not os.path.isfile(os.path.join(self.folder, name))], dtype=np.int64)
 
     def __getitems__(self, batch: list[Request]) -> Batch:
-        height, width = batch[0].canvas
-        images = torch.zeros(len(batch), 3, height, width, dtype=torch.uint8)
+        images = blank(len(batch), *batch[0].canvas)                                # (N, 3, H, W)
         boxes, labels = [], []
         for n, request in enumerate(batch):
             h, w = request.size
@@ -475,6 +474,12 @@ class CocoDataset(Dataset):
             raise DataError(f"{path} (image {self.annotations.image_ids[index]}): is {image.shape[2]} x {image.shape[1]} pixels, "
                             f"but {self.annotations.path} says {size[1]} x {size[0]}; correct width and height there, or the file")
         return image
+
+
+def blank(N, height, width) -> Tensor:
+    """N empty canvases, (N, 3, H, W) uint8. Pixel by pixel in memory (channels_last), as JPEG files are decoded and as
+    convolutions want it; of numpy, whose zeros cost nothing before they are written over."""
+    return torch.from_numpy(np.zeros((N, height, width, 3), np.uint8)).permute(0, 3, 1, 2)
 
 
 def place(image: Tensor, request: Request, canvas: Tensor):

@@ -116,7 +116,7 @@ def detect_in_image(detector: Detector, image: Tensor, tta=False) -> Detections:
     for size in dict.fromkeys(sizes):
         for flip in (False, True) if tta else (False,):
             (request,) = data.requests([0], [flip], [size])
-            canvas = torch.zeros(1, 3, *request.canvas, dtype=torch.uint8)
+            canvas = data.blank(1, *request.canvas)
             data.place(image, request, canvas[0])
             boxes, scores, labels = detector.candidates(canvas, torch.tensor([size]))       # (1, K, 4), (1, K), (1, K)
             if flip:

@@ -220,7 +220,7 @@ def our_step(images, boxes, labels, canvas, device):
     network = torch.compile(model, dynamic=False) if device == "cuda" else model
     optimizer = build_optimizer(model, config)
     N, _, height, width = images.shape
-    on_canvas = torch.zeros(N, 3, *canvas, dtype=torch.uint8)
+    on_canvas = data.blank(N, *canvas)
     on_canvas[:, :, :height, :width] = images
     batch = data.Batch(on_canvas, torch.tensor([[height, width]] * N), boxes, labels, torch.arange(N))
     if device == "cuda":
