@@ -76,24 +76,25 @@ def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_worke
     """Detections in every image of a data set; in a process group shared out, and returned to rank 0 alone."""
     rank, world = rank_and_world()
     config, sizes, image_ids = detector.config, dataset.annotations.sizes, dataset.annotations.image_ids
+    alone = range(rank, len(dataset), world)
+    batches = data.evaluation_batches(sizes, batch_size, config.short_side, config.long_side, config.enlarge)[rank::world]
 
     def one_by_one():
-        for index in range(rank, len(dataset), world):
+        for index in alone:
             yield [(index, detect_in_image(detector, dataset.image(index), tta))]
 
     def in_batches():
-        for batch in data.make_loader(dataset, batches[rank::world], num_workers, pin_memory=detector.device.type == "cuda"):
+        for batch in data.make_loader(dataset, batches, num_workers, pin_memory=detector.device.type == "cuda"):
             found = detector(batch.images, batch.sizes)
             yield [(index, d._replace(boxes=d.boxes * ratio(sizes[index], size)))
                    for index, size, d in zip(batch.indices.tolist(), batch.sizes.tolist(), found)]
 
-    batches = data.evaluation_batches(sizes, batch_size, config.short_side, config.long_side, config.enlarge)
     found, done, start = [], 0, time.time()
+    share = len(alone) if tta else sum(map(len, batches))
     for several in one_by_one() if tta else in_batches():
         found += [Results(np.full(len(d.scores), image_ids[index]), *(x.numpy() for x in d)) for index, d in several]
         done += len(several)
         if rank == 0:
-            share = len(range(0, len(dataset), world))
             show_progress(f"evaluating: {done} of {share} images" + " of this process" * (world > 1), done >= share, start)
     nothing = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
     results = Results(*(np.concatenate(part) for part in zip(nothing, *found)))
