@@ -899,6 +899,8 @@ def _draw_shapes(random, size):
     return picture, objects
 
 
+# --- command line -----------------------------------------------------------------------------------------------------
+
 def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
     """Read, describe and draw one split, and write its repaired copy."""
     json_file, folder = find_split(args.dir, kind, args.split)
