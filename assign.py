@@ -196,7 +196,7 @@ def draw(image, boxes, locations: Locations, columns: dict[str, Targets], width=
             pen = ImageDraw.Draw(panel, "RGBA")
             lt, rb = targets.ltrb[0, here].split(2, dim=1)                                 # (K, 2) each
             centerness = (torch.minimum(lt, rb) / torch.maximum(lt, rb)).prod(1).sqrt()    # (K,)
-            corner, side = (locations.xy[here] - stride / 2) * scale, stride * scale - 2   # (K, 2), a gap between cells
+            corner, side = (locations.xy[here] - stride / 2) * scale, max(0, stride * scale - 2)  # (K, 2), a gap between cells
             for (x, y), g, c in zip(corner.tolist(), targets.labels[0, here].tolist(), centerness.tolist()):
                 pen.rectangle((x, y, x + side, y + side), ImageColor.getrgb(COLOURS[g % 6]) + (round(40 + 215 * c),))
             for g, box in enumerate((boxes * scale).tolist()):

@@ -534,10 +534,15 @@ def as_it_is(batch):
     return batch
 
 
+def in_a_group_of_its_own(worker):
+    """A SIGTERM or SIGINT to the whole process group is for training to answer; without its workers it could not."""
+    os.setpgrp()
+
+
 def make_loader(dataset: CocoDataset, batch_sampler, num_workers: int, pin_memory=False) -> DataLoader:
     """Batches in the sampler's order, loaded by worker processes."""
     return Loader(dataset, batch_sampler=batch_sampler, collate_fn=as_it_is, num_workers=num_workers,
-                  pin_memory=pin_memory, persistent_workers=num_workers > 0)
+                  pin_memory=pin_memory, persistent_workers=num_workers > 0, worker_init_fn=in_a_group_of_its_own)
 
 
 def open_split(name: str, run, kind: str, split: str | None = None) -> "CocoDataset":

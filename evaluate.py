@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,8 @@ def join_process_group() -> torch.device:
         # Under a key of its own: else a restarted process finds the addresses that its dead predecessors left.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(hours=1))  # the others wait while one process computes COCO figures
     return device
 
 
@@ -348,7 +350,9 @@ def draw_curves(path, panels, width=600, height=340):
         draw.text(((left + right) / 2, bottom + 24 * big), x_name, fill="black", font=font, anchor="mt")
         for k, (name, (x, y)) in enumerate(curves.items()):
             colour = COLOURS[k % len(COLOURS)]
-            draw.line([on_picture(*point) for point in zip(x, y)], fill=colour, width=2 * big, joint="curve")
+            points = [on_picture(*point) for point in zip(x, y)]
+            draw.line(points, fill=colour, width=2 * big, joint="curve")
+            draw.circle(points[-1], 3 * big, fill=colour)
             draw.text((right + 10 * big, top + 18 * big * k), name, fill=colour, font=font)
     picture.reduce(big).save(path)
 
@@ -396,6 +400,8 @@ def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out=Non
     for sentence in explain(metrics, annotations, results):
         print(sentence, flush=True)
     (out / "eval").mkdir(parents=True, exist_ok=True)
+    for picture in (out / "eval").glob("*.png"):
+        picture.unlink()  # not every one is drawn each time
     (out / "eval" / "results.json").write_text(json.dumps(coco_results(results, categories["ids"])))
     (out / "eval" / "metrics.json").write_text(json.dumps(metrics, indent=1))
     draw_precision_recall(out / "eval" / "precision_recall.png", evaluation, metrics)

@@ -455,7 +455,8 @@ class ExportedDetector(nn.Module):
 
 
 def export(model: FCOS, categories: dict, path, height: int, width: int):
-    """Write a detector that runs without this code: .pt2 by torch.export for any batch, .onnx for one image.
+    """Write a detector that runs without this code, on the CPU: .pt2 by torch.export for any batch, .onnx for one image.
+    (torch.export.passes.move_to_device_pass takes a .pt2 to a GPU.)
 
     Inputs: images (N, 3, height, width) uint8 RGB, padded at the right and at the bottom, image_sizes (N, 2) int64.
     Outputs: boxes (N, D, 4) xyxy pixels of the canvas, scores (N, D), labels (N, D), and how many of the D are meant (N,).
@@ -822,7 +823,7 @@ def given(args, config) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description="What a detector costs, --export of a trained one, or --convert of another codebase's.")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 800 1216; to export, the largest of a test image)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 800 1216; to export, a square that holds every test image)")
     parser.add_argument("--export", metavar="FILE", help=".pt2 or .onnx to write, from the newest checkpoint beside it")
     parser.add_argument("--weights", metavar="FILE", help="to export from this checkpoint instead")
     parser.add_argument("--convert", metavar="FILE", help="weights of another codebase")
@@ -839,7 +840,7 @@ def main():
             parser.error(f"--export takes the configuration of the checkpoint; leave out {', '.join(changes)}")
         checkpoint = load_checkpoint(args.weights or Path(args.export).parent)
         model = build_detector(checkpoint)
-        size = args.size or [-(-side // 32) * 32 for side in (model.config.short_side, model.config.long_side)]
+        size = args.size or [-(-model.config.long_side // 32) * 32] * 2
         export(model, checkpoint["categories"], args.export, *size)
         print(f"{args.export}: images of {size[0]} x {size[1]}, {', '.join(checkpoint['categories']['names'])}")
     elif args.convert:

@@ -261,7 +261,8 @@ def training_step(network, optimizer, parts: list[data.Batch], lr: float, config
     return shares
 
 
-def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None) -> tuple[FCOS, dict, TrainConfig]:
+def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None,
+          skip_eval=False) -> tuple[FCOS, dict, TrainConfig]:
     """Train from step 0, or from the newest checkpoint of the run, to the end.
 
     Returns the model, its categories, and the configuration with what the data set decides.
@@ -274,7 +275,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
     if len(images) == 0:
         raise DataError(f"{annotations.path}: no image has a box that can be learned")
-    if rank == 0:  # now rather than when evaluation would fail
+    if rank == 0 and not skip_eval:  # now rather than when evaluation would fail
         evaluate.check_categories(data.open_split(config.data, run, "val", config.val_split).annotations, **categories)
     say(data.describe_dropped(dataset))
     config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
@@ -316,7 +317,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
             f"{run}: going on from step {first_step}")
     network = model
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        torch._dynamo.config.recompile_limit = max(8, config.canvas_sides ** 2)
+        torch._dynamo.config.recompile_limit = 64
         network = torch.compile(network, dynamic=False)  # once for every shape of canvas
     if world > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
@@ -359,7 +360,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
 
         # now and then: look at the losses, tell, save, stop, evaluate
         done = step + 1
-        last, evaluate_now = done == config.steps, config.eval_every and done % config.eval_every == 0
+        last = done == config.steps
+        evaluate_now = config.eval_every and done % config.eval_every == 0 and not last and not skip_eval
         if device.type == "cuda" and done % config.log_every and done % config.checkpoint_every and not last and not evaluate_now:
             continue
         read = torch.stack([*unread, torch.full_like(unread[0], bool(stop_signal))])            # (steps + 1, 3)
@@ -376,14 +378,16 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
             if done % config.log_every == 0 or last:
                 progress.report(done, {name: sum(v) / len(v) for name, v in zip(TERMS, zip(*recent))}, lr, device)
                 recent.clear()
-            due = done % config.checkpoint_every == 0 or time.time() - saved_at > 60 * config.checkpoint_minutes
+            due = evaluate_now or done % config.checkpoint_every == 0 or time.time() - saved_at > 60 * config.checkpoint_minutes
             if due or stop or last:
+                if not all(p.isfinite().all() for p in model.parameters()):  # the loss was, but not its last update
+                    raise DataError(f"the weights are not finite after step {done} (lr {lr:g}); {REMEDY.format(run=run)}")
                 save_checkpoint(run, checkpoint_of(done))
                 saved_at = time.time()
         if stop and not last:
             say(f"\nstopped by a signal after step {done}; go on with: make resume RUN={run}")
             sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
-        if evaluate_now and not last:
+        if evaluate_now:
             started = time.time()
             evaluate_step(model, categories, config, run, device, done)
             if progress:
@@ -406,13 +410,16 @@ def evaluate_step(model, categories, config: TrainConfig, run: Path, device, ste
             say(f"step {step}/{config.steps} | " + " ".join(f"{name} {metrics['figures'][name]:.3f}" for name in ("AP", "AP50", "AP75")))
 
 
+REMEDY = "start another run with a lower --lr, from the last good weights with --init-from {run}"
+
+
 def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
     """End all processes at the first loss that is not finite; the checkpoint before it stays."""
     if rank == 0:
         (run / "non_finite.json").write_text(json.dumps({"step": step, "lr": lr, "losses": {k: str(v) for k, v in losses.items()},
                                                          "image_ids": image_ids}))
     raise DataError(f"the loss is not finite at step {step} (lr {lr:g}, {', '.join(f'{k} {v}' for k, v in losses.items())}; images "
-                    f"{image_ids}, also in {run / 'non_finite.json'}); lower --lr, or look at these images' boxes, and go on with --resume")
+                    f"{image_ids}, also in {run / 'non_finite.json'}); look at these images' boxes, or {REMEDY.format(run=run)}")
 
 
 def plot(runs: list[str], path="runs/curves.png"):
@@ -423,11 +430,14 @@ def plot(runs: list[str], path="runs/curves.png"):
         if not file.exists():
             raise DataError(f"{file}: no such file; name folders of runs, such as {' '.join(map(str, Path('runs').glob('*/'))) or 'runs/demo'}")
         lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-        loss[Path(run).name] = list(zip(*[(line["step"], sum(line[name] for name in TERMS)) for line in lines if "cls" in line]))
-        ap[Path(run).name] = list(zip(*[(line["step"], line["AP"]) for line in lines if "AP" in line]))
+        loss[str(run)] = list(zip(*[(line["step"], sum(line[name] for name in TERMS)) for line in lines if "cls" in line]))
+        ap[str(run)] = list(zip(*[(line["step"], line["AP"]) for line in lines if "AP" in line]))
     panels = [(title, "step", {run: curve for run, curve in curves.items() if curve}) for title, curves in (("loss", loss), ("AP", ap))]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        raise DataError(f"{', '.join(map(str, runs))}: nothing was reported yet; --log-every says when it is")
     Path(path).parent.mkdir(exist_ok=True)
-    evaluate.draw_curves(path, [panel for panel in panels if panel[2]])
+    evaluate.draw_curves(path, panels)
     print(path)
 
 
@@ -445,7 +455,7 @@ def parse_arguments(argv):
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN, with its configuration")
     parser.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="train nothing; draw the loss and AP curves of these runs")
-    parser.add_argument("--skip-eval", action="store_true", help="do not evaluate after training")
+    parser.add_argument("--skip-eval", action="store_true", help="do not evaluate, neither on the way nor after training")
     add_options(parser.add_argument_group("training"), config)
     add_options(parser.add_argument_group("model"), config.model, without=("num_classes",))
     args = parser.parse_args(argv)
@@ -493,7 +503,7 @@ def main():
             data.make_shapes(run / "data")
     if dist.is_initialized():
         dist.barrier()
-    model, categories, config = train(config, run, device, resume, args.init_from)
+    model, categories, config = train(config, run, device, resume, args.init_from, args.skip_eval)
     if not args.skip_eval:
         evaluate_step(model, categories, config, run, device, config.steps)
     if dist.is_initialized():

@@ -19,7 +19,7 @@ import data
 import evaluate
 import train
 from evaluate import Results
-from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, load_checkpoint
+from model import CHECKPOINT_FORMAT, FCOS, ConfigError, Detections, Detector, ModelConfig, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco_mini"
@@ -154,24 +154,27 @@ def test_a_class_that_is_missed_and_a_size_that_is_absent_are_explained(shapes):
     assert "whose detections all miss" in sentences and "rectangle, ellipse, triangle" in sentences
 
 
-def test_boxes_come_back_in_pixels_of_the_original_image(shapes):
-    dataset = open_val(shapes)
-    found = []
-    for request in sum(data.evaluation_batches(dataset.annotations.sizes, 4, 100, 160, True), []):
-        batch = dataset.__getitems__([request])
-        scale = torch.from_numpy(dataset.annotations.sizes[request.index]) / batch.sizes[0]
-        boxes = batch.boxes[0] * scale.flip(0).repeat(2).float()
-        found.append((request.index, boxes))
-    for index, boxes in found:
-        first, last = dataset.boxes.first[index:index + 2]
-        np.testing.assert_allclose(boxes.numpy(), dataset.boxes.boxes[first:last], atol=1e-3)
+class WholeImages:
+    """A detector that finds one object in every image: the whole of it."""
+    config, device = SMALL, torch.device("cpu")
+
+    def __call__(self, images, image_sizes):
+        return [Detections(torch.tensor([[0.0, 0.0, w, h]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+                for h, w in image_sizes.tolist()]
+
+    def candidates(self, images, image_sizes):
+        (found,) = self(images, image_sizes)
+        return tuple(part[None] for part in found)
 
 
-def test_every_image_is_evaluated_once(shapes, tmp_path):
+@pytest.mark.parametrize("tta", [False, True])
+def test_every_image_is_evaluated_once_and_its_boxes_are_in_its_own_pixels(shapes, tta):
     dataset = open_val(shapes)
-    results = evaluate.detect_all(detector(), dataset, batch_size=4)
-    assert set(results.image_ids) == set(dataset.annotations.image_ids.tolist())
-    assert all((results.image_ids == i).sum() <= SMALL.max_detections for i in dataset.annotations.image_ids)
+    results = evaluate.detect_all(WholeImages(), dataset, batch_size=4, tta=tta)
+    order = results.image_ids.argsort()
+    assert results.image_ids[order].tolist() == sorted(dataset.annotations.image_ids.tolist())
+    height, width = dataset.annotations.sizes[dataset.annotations.image_ids.argsort()].T
+    np.testing.assert_allclose(results.boxes[order], np.stack([0 * width, 0 * height, width, height], axis=1), atol=1e-3)
 
 
 def test_two_processes_find_what_one_finds(shapes, tmp_path):

@@ -36,7 +36,7 @@ def start(*options, processes=1, torchrun=()):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *torchrun] if processes > 1 else []
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, *launcher, "train.py", *map(str, options)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def finish(process, timeout=300):
@@ -153,15 +153,24 @@ def test_killed_at_random_moments_it_resumes_bit_for_bit(dataset, uninterrupted,
 
 
 def test_sigterm_finishes_the_step_saves_and_says_so_by_its_exit_code(dataset, uninterrupted, tmp_path):
-    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path)
+    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 1)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses_of(tmp_path)) >= 2, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as timeout and job schedulers do: to the loader's workers as well
     code, output = finish(process)
     assert code == 128 + signal.SIGTERM and f"make resume RUN={tmp_path}" in output
     stopped = load_checkpoint(tmp_path)["step"]
     assert 2 <= stopped < 30 and len(losses_of(tmp_path)) == stopped
     run_to_end("--resume", "--run-dir", tmp_path, "--skip-eval")
     assert_same_bits(tmp_path, uninterrupted)
+
+
+def test_sigterm_to_torchrun_saves_as_well(dataset, tmp_path):
+    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 1, "--steps", 100_000, processes=2)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses_of(tmp_path)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code != 0 and f"make resume RUN={tmp_path}" in output
+    assert load_checkpoint(tmp_path)["step"] == len(losses_of(tmp_path)) >= 2
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(dataset, uninterrupted, tmp_path):
@@ -239,20 +248,41 @@ def test_training_ends_with_the_evaluation_and_both_are_in_metrics_jsonl(dataset
 
 
 def test_evaluations_on_the_way_change_nothing_and_curves_are_drawn_of_them(dataset, uninterrupted, tmp_path, monkeypatch):
-    output = run_to_end(*TINY, "--data", dataset, "--run-dir", tmp_path / "run", "--eval-every", 10)
+    options = [option for option in TINY if option != "--skip-eval"]
+    output = run_to_end(*options, "--data", dataset, "--run-dir", tmp_path / "run", "--eval-every", 10)
     assert_same_bits(tmp_path / "run", uninterrupted)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "AP" in line] == [10, 20] and "step 20/30 | AP " in output
+    assert [line["step"] for line in lines if "AP" in line] == [10, 20, 30] and "step 20/30 | AP " in output
     monkeypatch.chdir(tmp_path)
     train.plot([tmp_path / "run", uninterrupted])
     assert min(Image.open("runs/curves.png").size) > 300
+
+
+def test_curves_of_a_run_that_reported_nothing_are_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(data.DataError, match="nothing was reported yet"):
+        train.plot([tmp_path])
+
+
+def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
+    code, output = finish(start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--lr", "1e39"))  # the update overflows
+    assert code == 1 and "the weights are not finite after step 1" in output and "--init-from" in output
+    assert load_checkpoint(tmp_path)["step"] == 0
+
+
+def test_without_evaluation_no_val_split_is_needed(dataset, tmp_path):
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    shutil.copy(dataset / "annotations" / "instances_train.json", tmp_path / "data" / "annotations")
+    (tmp_path / "data" / "train").symlink_to(dataset / "train")
+    run_to_end(*TINY, "--data", tmp_path / "data", "--run-dir", tmp_path / "run", "--steps", 1, "--eval-every", 1)  # TINY: --skip-eval
 
 
 def test_train_and_val_of_different_categories_stop_before_training(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "data")
     val = tmp_path / "data" / "annotations" / "instances_val.json"
     val.write_text(val.read_text().replace("ellipse", "oval"))
-    code, output = finish(start(*TINY, "--data", tmp_path / "data", "--run-dir", tmp_path / "run"))
+    options = [option for option in TINY if option != "--skip-eval"]
+    code, output = finish(start(*options, "--data", tmp_path / "data", "--run-dir", tmp_path / "run"))
     assert code == 1 and "'oval'" in output and "'ellipse'" in output and not checkpoints_of(tmp_path / "run")
 
 
