@@ -114,7 +114,7 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
         xs = locations.xy[first:first + level.width, 0]                          # (W,)
         ys = locations.xy[first:last:level.width, 1]                             # (H,)
         size_range = locations.size_range[first]                                 # (2,)
-        # Of a box of s <= 8 strides, s are near enough to both sides, of a larger one 16 - s.
+        # Along an axis, the cells at most 8 strides from both ends of a box of s strides span min(s, 16 - s) <= 8 strides.
         extent = CELLS_IN_RANGE if level is not locations.levels[-1] else math.inf
         if radius is not None:
             lower = torch.maximum(start, centre - radius * level.stride)
@@ -137,19 +137,19 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
 
 def _window(centres, lower, upper, start, end, stride, extent, lowest, highest):
     """Along one axis, a run of V cells for each box: all whose centre is strictly between `lower` and `upper`, and not
-    farther than `highest` from either end of the box, `start` .. `end` (all (B,)). They are at most `extent` strides apart.
+    farther than `highest` from either end of the box, `start` .. `end` (all (B,)). These span at most `extent` strides.
 
     Returns, all (B, V): each cell's index; whether it is such a cell; and whether its centre is as far as `lowest` from
     an end. The maximum over both axes is in the size range iff both fit and one is far.
     """
     cells = len(centres) if math.isinf(extent) else min(len(centres), math.ceil(extent) + 1)
-    lowest_cell = (torch.maximum(lower, end - highest) - centres[0]) / stride
-    first = lowest_cell.floor().clamp(0, len(centres) - cells).long()                      # (B,)
+    begin = (torch.maximum(lower, end - highest) - centres[0]) / stride                    # (B,) in cells
+    first = begin.floor().clamp(0, len(centres) - cells).long()                      # (B,)
     cell = first[:, None] + torch.arange(cells, device=first.device)                       # (B, V)
     centre = centres[cell]
     inside = (centre > lower[:, None]) & (centre < upper[:, None])
-    size = torch.maximum(centre - start[:, None], end[:, None] - centre)
-    return cell, inside & (size <= highest), size >= lowest
+    farthest = torch.maximum(centre - start[:, None], end[:, None] - centre)               # (B, V)
+    return cell, inside & (farthest <= highest), farthest >= lowest
 
 
 # --- what it looks like -----------------------------------------------------------------------------------------------

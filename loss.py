@@ -13,7 +13,8 @@ processes, all accumulation steps), and w the centerness target of a positive lo
     iou = (I + 1) / (U + 1)         "iou"  -log(iou)        "linear_iou"  1 - iou
     giou = iou - (A - U) / A        "giou"  1 - giou
 
-The 1 keeps the logarithm finite, as UnitBox's code has it.
+The 1 keeps the logarithm finite. Eq. 2 itself divides by P alone and weights no box; the rest is as the authors' code
+has it. Improved FCOS compares in strides instead of pixels, see `fcos_loss`.
 
 The denominators need no prediction, only targets, so that they are known before the forward pass: `totals` computes
 them for some images, the training loop adds them up over everything, and the split of a batch changes nothing.
@@ -78,7 +79,7 @@ def _area(ltrb):
 
 
 def centerness_target(ltrb: Tensor) -> Tensor:
-    """How central a location is in its box: 1 in the centre, 0 on an edge (Eq. 3).  (..., 4) -> (...,)"""
+    """How central a location is in its box: 1 in the centre, 0 on an edge (Eq. 3), NaN for ltrb 0.  (..., 4) -> (...,)"""
     l, t, r, b = ltrb.unbind(-1)
     return (torch.minimum(l, r) / torch.maximum(l, r) * (torch.minimum(t, b) / torch.maximum(t, b))).sqrt()
 
@@ -128,7 +129,7 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None 
 
 # --- what it looks like -----------------------------------------------------------------------------------------------
 
-CURVES = (("crimson", 6), ("royalblue", 12), ("darkorange", 6))  # colour and width: where two coincide, both are seen
+CURVES = (("crimson", 6), ("royalblue", 12), ("darkorange", 6), ("seagreen", 4))  # colour and width: where two coincide, both are seen
 
 
 def with_gradient(loss, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +150,7 @@ def plot(pen, left, top, title, highest, across, ticks, curves: dict[str, Tensor
         pen.line([(x, top), (x, top + 400)], "gainsboro", 2)
         pen.text((left - 10, y), f"{highest * i / 4:g}", "black", font, "rm")
         pen.text((x, top + 410), tick, "black", font, "ma")
-    for i, ((name, curve), (colour, width)) in enumerate(zip(curves.items(), CURVES)):
+    for i, ((name, curve), (colour, width)) in enumerate(zip(curves.items(), CURVES[:len(curves)], strict=True)):
         pen.text((left + 170 * i, top - 22), name, colour, font, "ls")
         pen.line([(left + 520 * (k + 0.5) / len(curve), top + 400 - 400 * value / highest)
                   for k, value in enumerate(curve.tolist()) if value <= highest], colour, width, joint="curve")
