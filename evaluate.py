@@ -400,8 +400,8 @@ def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out=Non
     for sentence in explain(metrics, annotations, results):
         print(sentence, flush=True)
     (out / "eval").mkdir(parents=True, exist_ok=True)
-    for picture in (out / "eval").glob("*.png"):
-        picture.unlink()  # not every one is drawn each time
+    for name in ("best", "worst", "wrong", "precision_recall"):  # an older one would stay where none is drawn
+        (out / "eval" / f"{name}.png").unlink(missing_ok=True)
     (out / "eval" / "results.json").write_text(json.dumps(coco_results(results, categories["ids"])))
     (out / "eval" / "metrics.json").write_text(json.dumps(metrics, indent=1))
     draw_precision_recall(out / "eval" / "precision_recall.png", evaluation, metrics)

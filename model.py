@@ -317,7 +317,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: ModelConfig,
     Returns: boxes (N, D, 4), scores (N, D) best first, labels (N, D) and the number of detections (N,); what lies
         beyond that number is filling. Without waiting for the device, so that a CUDA graph can hold it.
     """
-    image = torch.arange(scores.shape[0], device=scores.device)[:, None]                # not len: it would fix N in an export
+    image = torch.arange(scores.shape[0], device=scores.device)[:, None]            # not len: it would fix N in an export
     group = torch.where(scores > 0, image * config.num_classes + labels, -1)        # -1: filling
     keep = nms_mask(boxes.flatten(0, 1), scores.flatten(), group.flatten(), config.nms_iou).view(scores.shape)
     best, index = torch.where(keep, scores, 0.0).topk(min(config.max_detections, scores.shape[1]))  # (N, D)
@@ -493,7 +493,7 @@ CHECKPOINT_FORMAT = 1
 def write_whole(path, write, remedy):
     """`write`(file) under another name, to the disk, then rename: a kill at any moment leaves a whole file or none."""
     path = Path(path)
-    unfinished = path.with_suffix(".part")
+    unfinished = path.with_name(path.name + ".part")
     try:
         with open(unfinished, "wb") as file:
             write(file)
@@ -823,7 +823,8 @@ def given(args, config) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description="What a detector costs, --export of a trained one, or --convert of another codebase's.")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 800 1216; to export, a square that holds every test image)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+                        help="pixels (default: 800 1216; to export, a square that holds every test image)")
     parser.add_argument("--export", metavar="FILE", help=".pt2 or .onnx to write, from the newest checkpoint beside it")
     parser.add_argument("--weights", metavar="FILE", help="to export from this checkpoint instead")
     parser.add_argument("--convert", metavar="FILE", help="weights of another codebase")

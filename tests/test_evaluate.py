@@ -193,8 +193,12 @@ def test_two_processes_find_what_one_finds(shapes, tmp_path):
 def test_evaluation_writes_coco_results_metrics_and_a_picture(shapes, tmp_path, capsys):
     dataset = open_val(shapes)
     categories = {"ids": [1, 2, 3], "names": list(data.SHAPES)}
+    (tmp_path / "eval").mkdir()
+    for name in ("mine.png", "wrong.png"):  # of the user, and of an evaluation before
+        (tmp_path / "eval" / name).touch()
     metrics = evaluate.evaluate(detector(), dataset, categories, tmp_path)
     printed = capsys.readouterr().out
+    assert (tmp_path / "eval" / "mine.png").exists() and not (tmp_path / "eval" / "wrong.png").exists()  # nothing over 0.3 was found
     assert all(name in printed for name in evaluate.FIGURES) and "triangle" in printed
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == metrics
     COCO(dataset.annotations.path).loadRes(str(tmp_path / "eval" / "results.json"))

@@ -331,7 +331,7 @@ def test_checkpoints_hold_nothing_but_tensors_and_plain_types_and_two_are_kept(u
 
 
 def test_what_a_kill_left_unfinished_is_gone_with_the_next_checkpoint(tmp_path):
-    (tmp_path / "checkpoint-0000002.part").write_bytes(b"half")
+    (tmp_path / "checkpoint-0000002.pt.part").write_bytes(b"half")
     train.save_checkpoint(tmp_path, {"step": 3})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000003.pt"]
 
