@@ -90,7 +90,7 @@ class Annotations(NamedTuple):
         return np.repeat(np.arange(len(self.image_ids)), np.diff(self.first))
 
 
-def find_split(root: str, kind: str, split: str | None = None) -> tuple[Path, Path]:
+def find_split(root: str, kind: str, split: str = "") -> tuple[Path, Path]:
     """The JSON file and the image folder of a split of the data set in `root`.
 
     `kind` is "train" or "val": without `split`, train2017 / val2017 is taken, else the only split whose name begins so.
@@ -99,7 +99,7 @@ def find_split(root: str, kind: str, split: str | None = None) -> tuple[Path, Pa
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; a COCO-format data set has annotations/instances_<split>.json")
     splits = sorted(p.stem.removeprefix("instances_") for p in folder.glob("instances_*.json"))
-    if split is None:
+    if not split:
         found = [s for s in splits if s == f"{kind}2017"] or [s for s in splits if s.startswith(kind)]
         if len(found) != 1:
             raise DataError(f"{folder}: {'no' if not found else 'more than one'} {kind} split among "
@@ -545,7 +545,7 @@ def make_loader(dataset: CocoDataset, batch_sampler, num_workers: int, pin_memor
                   pin_memory=pin_memory, persistent_workers=num_workers > 0, worker_init_fn=in_a_group_of_its_own)
 
 
-def open_split(name: str, run, kind: str, split: str | None = None) -> "CocoDataset":
+def open_split(name: str, run, kind: str, split: str = "") -> CocoDataset:
     """A split of the data set `name`: a COCO-format folder, or "shapes", which is generated in RUN/data on first use."""
     if name == "shapes":
         name = Path(run) / "data"
@@ -942,7 +942,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Check a COCO-format data set: what would training do with it?")
     parser.add_argument("dir", nargs="?", help="folder with annotations/instances_<split>.json and the image folders (default: "
                         "generated shapes)")
-    parser.add_argument("--split", help="check this one alone (default: the train and the val split that training takes)")
+    parser.add_argument("--split", default="", help="check this one alone (default: the train and the val split that training takes)")
     parser.add_argument("--images", action="store_true", help="decode every image as training does, and compare files by content")
     parser.add_argument("--fix", metavar="OUT.json", help="write a copy of the split's JSON without what cannot be used")
     parser.add_argument("--out", default="runs/check", help="folder for pictures of annotated images (default: runs/check)")
@@ -961,7 +961,7 @@ def main(argv=None) -> int:
         args.dir = Path(args.out) / "shapes"
         make_shapes(args.dir)
     checked, problems = {}, []
-    for kind in ("train", "val") if args.split is None else ("split",):
+    for kind in ("split",) if args.split else ("train", "val"):
         try:
             *checked[kind], found = check_split(args, kind)
         except DataError as error:

@@ -458,7 +458,7 @@ def main():
     parser = argparse.ArgumentParser(description="COCO figures of a trained detector, or detections on images.")
     parser.add_argument("weights", help="folder of a run (its newest checkpoint), a checkpoint file, or torchvision")
     parser.add_argument("--data", help="COCO-format folder (default: the one that it was trained with)")
-    parser.add_argument("--val-split", help="default: val2017, else the only val* split")
+    parser.add_argument("--val-split", default="", help="default: val2017, else the only val* split")
     parser.add_argument("--images", nargs="+", help="image files or folders: draw detections instead of evaluating")
     parser.add_argument("--out", help="folder to write to (default: the run's; RUN/predictions for images)")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once on a device (default: 8)")
@@ -484,7 +484,7 @@ def main():
         trained = checkpoint["config"]
         if not (args.data or trained["data"]):
             raise ConfigError(f"{args.weights} does not say which data to judge it on; name a COCO-format folder with DATA=... (--data)")
-        dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained.get("val_split"))
+        dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained["val_split"])
         evaluate(detector, dataset, categories, out, batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
     if dist.is_initialized():
         dist.destroy_process_group()

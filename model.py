@@ -27,7 +27,6 @@ import math
 import os
 import re
 import sys
-import typing
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -179,21 +178,33 @@ def load_backbone_weights(resnet, name: str, weights: str):
         return
     if weights == "imagenet":
         published = torchvision.models.get_model_weights(name)
-        entry = getattr(published, "IMAGENET1K_V1", published.DEFAULT)
-        try:
-            state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except OSError as error:  # URLError among them
-            raise ConfigError(f"the ImageNet weights of {name} could not be downloaded from {entry.url} ({error}); copy "
-                             "that file here and give --backbone-weights FILE, or train from random ones with "
-                             "--backbone-weights none") from None
+        state = download(getattr(published, "IMAGENET1K_V1", published.DEFAULT),
+                         "give --backbone-weights FILE, or train from random weights with --backbone-weights none")
     else:
         state = load_weights(weights)
     state = {key: value for key, value in state.items() if not key.startswith("fc.") and not key.endswith("num_batches_tracked")}
-    ours, theirs = ({(key, tuple(value.shape)) for key, value in part.items()} for part in (resnet.state_dict(), state))
-    if ours != theirs:
-        raise ConfigError(f"{weights}: not the weights of a {name}; missing {sorted(ours - theirs)[:3]}, "
-                          f"unexpected {sorted(theirs - ours)[:3]}")
+    if wrong := misfits(resnet, state):
+        raise ConfigError(f"{weights}: not the weights of a {name}; {len(wrong)} names or shapes differ: {', '.join(wrong[:3])}")
     resnet.load_state_dict(state)
+
+
+def download(entry, remedy: str) -> dict[str, Tensor]:
+    """Published weights, by torchvision, once."""
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:  # URLError among them
+        raise ConfigError(f"{entry.url} could not be downloaded ({error}); copy that file here and {remedy}") from None
+
+
+def misfits(model: nn.Module, state: dict) -> list[str]:
+    """The names under which a state dict has not what the model expects, with both shapes."""
+    def shapes(entries):
+        return {str(key): tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else "no weight"
+                for key, value in entries.items()}
+
+    expected, found = shapes(model.state_dict()), shapes(state)
+    return [f"{key} (expected {expected.get(key, 'nothing')}, found {found.get(key, 'nothing')})"
+            for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
 
 
 # --- head and detector ------------------------------------------------------------------------------------------------
@@ -566,23 +577,18 @@ def check_checkpoint(checkpoint, file):
             raise ConfigError(f"{file}: {what}; use the version of the code that wrote it, or, for weights of another codebase, "
                             "python model.py --convert")
 
-    def shapes(state):
-        return {key: tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else "no weight"
-                for key, value in state.items()}
-
     version = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     demand(type(version) is int and version == CHECKPOINT_FORMAT,
            f"not a checkpoint of this version of the code (format {version!r:.80}, not {CHECKPOINT_FORMAT})")
     for key, kind in {"step": int, "model": dict, "config": dict, "categories": dict}.items():
         demand(isinstance(checkpoint.get(key), kind), f"its {key!r} is missing or of another type")
     trained, categories = checkpoint["config"], checkpoint["categories"]
-    demand(isinstance(trained.get("model"), dict) and isinstance(trained.get("data"), str), "its 'config' lacks 'model' or 'data'")
+    for key, kind in {"model": dict, "data": str, "val_split": str}.items():
+        demand(isinstance(trained.get(key), kind), f"its configuration's {key!r} is missing or of another type")
     config = rebuilt(ModelConfig, trained["model"], file)
     with torch.device("meta"):
-        ours = shapes(FCOS(config).state_dict())
-    theirs = shapes(checkpoint["model"])
-    misfits = sorted(str(key) for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    demand(not misfits, f"its weights are not its configuration's; {len(misfits)} names or shapes differ: {', '.join(misfits[:3])}")
+        wrong = misfits(FCOS(config), checkpoint["model"])
+    demand(not wrong, f"its weights are not its configuration's; {len(wrong)} names or shapes differ: {', '.join(wrong[:3])}")
     for key, kind in {"ids": int, "names": str}.items():
         column = categories.get(key)
         demand(isinstance(column, list) and len(column) == config.num_classes and all(type(v) is kind for v in column),
@@ -667,19 +673,17 @@ def convert(weights: dict[str, Tensor], form: str, source="the weights", **chang
             state[stem] = state[stem].flip(1)  # BGR -> RGB
 
     config = ModelConfig(num_classes=max(1, state.get("head.cls_logits.bias", torch.empty(0)).numel()), **FORMS[form] | changes)
-    theirs = {(key, tuple(value.shape)) for key, value in state.items()}
-    misfits = []
+    tried = {}  # backbone -> what does not fit it
     for backbone in BACKBONES:
         in_1x1 = config.stride_in_1x1 and not backbone.startswith("resnext")  # their ResNeXts halve in the 3x3
         fitting = replace(config, backbone=backbone, stride_in_1x1=in_1x1)
         with torch.device("meta"):
-            ours = {(key, tuple(value.shape)) for key, value in FCOS(fitting).state_dict().items()}
-        if ours == theirs:
+            tried[backbone] = misfits(FCOS(fitting), state)
+        if not tried[backbone]:
             return fitting, state
-        misfits.append((len(ours ^ theirs), backbone, sorted(ours - theirs)[:3], sorted(theirs - ours)[:3]))
-    _, backbone, missing, unexpected = min(misfits)
-    raise ConfigError(f"{source}: not a detector of the form {form} (known: {', '.join(FORMS)}); compared with the nearest, of {backbone}, "
-                      f"it lacks {missing} and has {unexpected}")
+    nearest = min(tried, key=lambda backbone: len(tried[backbone]))
+    raise ConfigError(f"{source}: not a detector of the form {form} (known: {', '.join(FORMS)}); of the nearest, with {nearest}, "
+                      f"{len(tried[nearest])} names or shapes differ: {', '.join(tried[nearest][:3])}")
 
 
 def import_checkpoint(weights: dict[str, Tensor], form: str, categories_file=None, source="the weights", **changes) -> dict:
@@ -704,18 +708,14 @@ def import_checkpoint(weights: dict[str, Tensor], form: str, categories_file=Non
     for part in ("head.cls_logits.weight", "head.cls_logits.bias"):
         state[part] = state[part][[row[i] for i in ids]]
     return {"format": CHECKPOINT_FORMAT, "step": 0, "model": state,
-            "config": {"model": asdict(replace(config, num_classes=len(ids))), "data": "", "val_split": None},
+            "config": {"model": asdict(replace(config, num_classes=len(ids))), "data": "", "val_split": ""},
             "categories": {"ids": ids, "names": [listed[i] for i in ids]}}
 
 
 def published_checkpoint() -> dict:
     """torchvision's detector trained on COCO, downloaded once by torchvision."""
     entry = FCOS_ResNet50_FPN_Weights.COCO_V1
-    try:
-        weights = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:  # URLError among them
-        raise ConfigError(f"torchvision's detector could not be downloaded from {entry.url} ({error}); copy that file here, and run: "
-                          f"python model.py --convert {Path(entry.url).name} --form torchvision --out model.pt") from None
+    weights = download(entry, f"run: python model.py --convert {Path(entry.url).name} --form torchvision --out model.pt")
     return import_checkpoint(weights, "torchvision", source=entry.url)
 
 
@@ -772,7 +772,7 @@ def check(config):
         value, valid = getattr(config, f.name), f.metadata.get("valid")
         numbers = [v for v in (value if type(value) is tuple else [value]) if type(v) in (int, float)]
         finite = all(abs(v) < (2**32 if type(v) is int else math.inf) for v in numbers)
-        if not is_of_type(value, f.type):
+        if not same_type(value, f.default):
             must = f"be of type {getattr(f.type, '__name__', f.type)}"
         elif type(valid) is tuple and value not in valid:
             must = f"be one of {', '.join(valid)}"
@@ -783,34 +783,28 @@ def check(config):
         raise ConfigError(f"--{f.name.replace('_', '-')} {value!r:.80}: must {must} ({f.metadata.get('help')})")
 
 
-def is_of_type(value, kind) -> bool:
-    """Whether a value is what a field's annotation says; a whole number is a number, too."""
-    of = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return type(value) is tuple and len(value) == len(of) and all(map(is_of_type, value, of))
-    return any(is_of_type(value, one) for one in of) if of else type(value) is kind or (type(value), kind) == (int, float)
+def same_type(value, default) -> bool:
+    """Whether a value is of the type of a field's default; a whole number is a number, too."""
+    if type(value) is tuple is type(default):
+        return len(value) == len(default) and all(map(same_type, value, default))
+    return type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
 def add_options(parser, config, without=()):
     """Give argparse an option for every field of a configuration. `given` reads them."""
     for f in fields(config):
         if f.metadata and f.name not in without:
-            of_each = typing.get_args(f.type)  # of a tuple, or X and None
-            if f.type is bool:
+            if type(f.default) is bool:
                 kind = {"action": argparse.BooleanOptionalAction}
             elif type(f.metadata["valid"]) is tuple:
                 kind = {"choices": f.metadata["valid"]}
-            elif type(None) in of_each:
-                kind = {"type": number_or_none if float in of_each else str, "metavar": "X"}
+            elif type(f.default) is tuple:
+                kind = {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "X"}
             else:
-                kind = {"nargs": len(of_each), "type": of_each[0], "metavar": "X"} if of_each else {"type": f.type, "metavar": "X"}
+                kind = {"type": type(f.default), "metavar": "X"}
             default = getattr(config, f.name)
-            text = f"{f.metadata['help']}{'' if default in (None, '') else f' (default: {default})'}".replace("%", "%%")
+            text = f"{f.metadata['help']}{'' if default == '' else f' (default: {default})'}".replace("%", "%%")
             parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
-
-
-def number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
 
 
 def given(args, config) -> dict:

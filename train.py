@@ -53,11 +53,11 @@ class TrainConfig:
     """How a detector is trained. Defaults: FCOS 1x as first published."""
     model: ModelConfig = ModelConfig()
     data: str = option("", "COCO-format folder, or shapes: generated in RUN/data")
-    train_split: str | None = option(None, "default: train2017, else the only train* split")
-    val_split: str | None = option(None, "default: val2017, else the only val* split")
+    train_split: str = option("", "default: train2017, else the only train* split")
+    val_split: str = option("", "default: val2017, else the only val* split")
     backbone_weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a state dict file")
     # what is learned
-    center_radius: float | None = option(None, "center sampling radius in strides; none: the whole box is positive", "> 0")
+    center_radius: float = option(0.0, "center sampling radius in strides; 0: the whole box is positive")
     box_loss: str = option("iou", "loss of a box", BOX_LOSSES)
     # how long, how fast
     batch_size: int = option(16, "images of one step, over all processes", ">= 1")
@@ -237,7 +237,7 @@ def training_step(network, optimizer, parts: list[data.Batch], lr: float, config
 
     # what every location should predict, and the denominators over the global batch
     locations = make_locations(*parts[0].images.shape[2:], offset=config.model.location_offset, device=device)
-    targets = [assign_targets(locations, part.boxes, part.labels, config.center_radius) for part in parts]
+    targets = [assign_targets(locations, part.boxes, part.labels, config.center_radius or None) for part in parts]
     over = torch.stack([torch.stack(totals(t)) for t in targets]).sum(0)                        # (3,)
     if world > 1:
         dist.all_reduce(over)

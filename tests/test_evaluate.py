@@ -325,7 +325,7 @@ def test_a_checkpoint_with_a_flipped_bit_among_its_weights_is_passed_over(tmp_pa
     (lambda c: c.update(format=2), "not a checkpoint of this version of the code .format 2, not 1."),
     *[(change, f"its '{key}' is missing or of another type") for key in ("model", "config", "categories", "step")
       for change in (lambda c, key=key: c.pop(key), lambda c, key=key: c.update({key: "x"}))],
-    (lambda c: c["config"].pop("model"), "its 'config' lacks 'model' or 'data'"),
+    (lambda c: c["config"].pop("model"), "its configuration's 'model' is missing or of another type"),
     (lambda c: c["config"]["model"].pop("channels"), "its ModelConfig is not one of this version.*unknown: channels.*version"),
     (lambda c: c["config"]["model"].update(anchors=9), "its ModelConfig .*1 fields are missing or unknown: anchors"),
     (lambda c: c["config"]["model"].update(channels="64"), "its ModelConfig .*--channels '64': must be of type int"),

@@ -399,14 +399,14 @@ def test_every_field_of_both_configurations_is_an_option_with_help():
     for owner in (train.TrainConfig, ModelConfig):
         for f in dataclasses.fields(owner):
             assert f.name in ("model", "num_classes") or f.metadata["help"]
-    args = train.parse_arguments(["fcos_R_50_FPN_1x", "--batch-size", "8", "--lr", "0.005", "--center-radius", "none", "--nms-iou", "0.5",
+    args = train.parse_arguments(["fcos_R_50_FPN_1x", "--batch-size", "8", "--lr", "0.005", "--center-radius", "0", "--nms-iou", "0.5",
                                   "--train-short-sides", "640", "800", "--no-enlarge"])
     expected = replace(train.PRESETS["fcos_R_50_FPN_1x"], batch_size=8, lr=0.005, train_short_sides=(640, 800),
                        model=ModelConfig(nms_iou=0.5, enlarge=False))
     assert args.config == expected
 
 
-NONSENSE = {"int": ("-1", "99999999999999999999"), "float": ("-1", "nan", "inf"), "NoneType": ("-1", "0", "nan")}  # type -> values
+NONSENSE = {int: ("-1", "99999999999999999999"), float: ("-1", "nan", "inf")}
 NONSENSE_TOO = ["--batch-size 0", "--steps 0", "--lr 0", "--train-short-sides 0 64", "--train-short-sides 800 640", "--flip 2",
                 "--log-every 0", "--checkpoint-every 0", "--frozen-stages 6", "--channels 20", "--channels 0",
                 "--location-offset 7", "--pixel-std 0 1 1", "--pixel-mean nan 1 1", "--short-side 0", "--long-side 0",
@@ -417,8 +417,7 @@ def test_a_number_that_cannot_be_meant_is_refused_with_what_it_must_be():
     given = [option.split() for option in NONSENSE_TOO]
     for owner in (train.TrainConfig, ModelConfig):
         for f in dataclasses.fields(owner):
-            kind = getattr(f.type, "__name__", "NoneType" if f.type == float | None else "")
-            given += [[f"--{f.name.replace('_', '-')}={value}"] for value in NONSENSE.get(kind, ()) if f.name != "num_classes"]
+            given += [[f"--{f.name.replace('_', '-')}={value}"] for value in NONSENSE.get(f.type, ()) if f.name != "num_classes"]
     assert len(given) > 70
     for options in given:
         with pytest.raises(train.ConfigError, match=rf"^{options[0].split('=')[0]} .*: must be (>|in|a multiple)[^()]* \(.+\)$"):
@@ -428,7 +427,7 @@ def test_a_number_that_cannot_be_meant_is_refused_with_what_it_must_be():
 @pytest.mark.parametrize("field, value, must", [
     ("lr", "0.1", "of type float"), ("batch_size", 8.0, "of type int"), ("batch_size", True, "of type int"), ("data", None, "of type str"),
     ("train_short_sides", (64,), "of type tuple"), ("train_short_sides", [64, 64], "of type tuple"), ("model", {}, "of type ModelConfig"),
-    ("val_split", 3, r"of type str \| None"), ("box_loss", "nonsense", f"one of {', '.join(train.BOX_LOSSES)}")])
+    ("val_split", None, "of type str"), ("box_loss", "nonsense", f"one of {', '.join(train.BOX_LOSSES)}")])
 def test_a_value_of_another_type_is_refused_wherever_it_comes_from(field, value, must):
     with pytest.raises(train.ConfigError, match=f"^--{field.replace('_', '-')} .*: must be {must}"):
         replace(train.PRESETS["demo"], **{field: value})
@@ -455,7 +454,7 @@ def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path, monkeypatch):
     (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
     (["demo", "--box-loss", "nonsense"], "invalid choice: 'nonsense'"),
     (["demo", "--batch-size", "many"], "invalid int value: 'many'"),
-    (["demo", "--center-radius", "many"], "invalid number_or_none value: 'many'"),
+    (["demo", "--center-radius", "many"], "invalid float value: 'many'"),
     (["demo", "--train-short-sides", "800", "640"], "--train-short-sides (800, 640): must be >= 1, lower first"),
 ])
 def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path):
