@@ -132,16 +132,16 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(run: Path, checkpoint: dict, keep=2):
-    """Write a checkpoint, and delete all but the last `keep`, and what a kill left unfinished."""
+def save_checkpoint(run: Path, checkpoint: dict):
+    """Write a checkpoint, and delete all but the last two, and what a kill left unfinished."""
     path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
     go_on = f"go on from the one before it with --resume --run-dir {run}" if checkpoints_of(run) else "start again"
     write_whole(path, lambda file: torch.save(checkpoint, file), f"free some space and {go_on}")
-    for old in [*checkpoints_of(run)[keep:], *run.glob("checkpoint-*.part")]:
+    for old in [*checkpoints_of(run)[2:], *run.glob("checkpoint-*.part")]:
         old.unlink()
 
 
-def config_from(checkpoint: dict, source="the checkpoint") -> TrainConfig:
+def config_from(checkpoint: dict, source) -> TrainConfig:
     config = checkpoint["config"]
     return rebuilt(TrainConfig, config | {"model": rebuilt(ModelConfig, config["model"], source)}, source,
                    "go on with the version of the code that wrote it, or start another run from its weights with --init-from")
@@ -182,11 +182,10 @@ class Progress:
 
     def __init__(self, run: Path, config: TrainConfig, first_step: int):
         self.path, self.config = run / "metrics.jsonl", config
-        if self.path.exists():  # leave out what a killed run did after its last checkpoint, and a line it had not finished
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        if self.path.exists():  # leave out what a killed run did after its last checkpoint
+            kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
             unfinished = self.path.with_suffix(".part")
-            unfinished.write_text("".join(f"{line}\n" for line in kept))
+            unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
             unfinished.replace(self.path)
         self.start = self.last = time.time()
         self.first_step = self.last_step = first_step
@@ -205,9 +204,17 @@ class Progress:
                 f"{left // 60:.0f} min {left % 60:02.0f} s left")
         print(f"\r{text}\x1b[K" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and step < self.config.steps else "\n",
               flush=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **losses, "lr": lr, "images_per_second": round(images_per_second, 2)}) + "\n")
+        self.write({"step": step, **losses, "lr": lr, "images_per_second": round(images_per_second, 2)})
         self.last, self.last_step, self.data_wait = now, step, 0.0
+
+    def write(self, entry: dict):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """What RUN/metrics.jsonl holds, without a line that a kill left unfinished."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -261,12 +268,8 @@ def training_step(network, optimizer, parts: list[data.Batch], lr: float, config
     return shares
 
 
-def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None,
-          skip_eval=False) -> tuple[FCOS, dict, TrainConfig]:
-    """Train from step 0, or from the newest checkpoint of the run, to the end.
-
-    Returns the model, its categories, and the configuration with what the data set decides.
-    """
+def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None, skip_eval=False):
+    """Train from step 0, or from the newest checkpoint of the run, to the end, and evaluate."""
     rank, world = evaluate.rank_and_world()
 
     # data
@@ -275,8 +278,9 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
     if len(images) == 0:
         raise DataError(f"{annotations.path}: no image has a box that can be learned")
-    if rank == 0 and not skip_eval:  # now rather than when evaluation would fail
-        evaluate.check_categories(data.open_split(config.data, run, "val", config.val_split).annotations, **categories)
+    if not skip_eval:
+        validation = data.open_split(config.data, run, "val", config.val_split)
+        evaluate.check_categories(validation.annotations, **categories)  # now rather than after training
     say(data.describe_dropped(dataset))
     config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
     if config.epochs > 0:
@@ -331,15 +335,32 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
 
     if rank == 0 and not resume:
         save_checkpoint(run, checkpoint_of(0))  # from here on, the folder is this run's and --resume goes on with it
+    progress = Progress(run, config, first_step) if rank == 0 else None
+
+    def evaluation_due(step):
+        return not skip_eval and config.eval_every and step % config.eval_every == 0 and 0 < step < config.steps
+
+    def evaluate_step(step):
+        started, out = time.time(), run if step == config.steps else None  # the report is of the end
+        metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out, num_workers=config.num_workers)
+        if progress:
+            figures, recorded = metrics["figures"], read_metrics(run)
+            if {"step": step, **figures} not in recorded:
+                progress.write({"step": step, **figures})
+            if not out:
+                say(f"step {step}/{config.steps} | " + " ".join(f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+            progress.last += time.time() - started  # its images/s are those of training
 
     # the loop
+    if evaluation_due(first_step):  # resumed: a kill may have cut it off
+        evaluate_step(first_step)
     stop_signal = []
     default_handlers = {number: signal.signal(number, lambda number, frame: stop_signal.append(number))
                         for number in (signal.SIGTERM, signal.SIGINT)}
     loader = data.make_loader(dataset, data.Shard(sampler, range(first_step, config.steps), accumulate, rank, world),
                               config.num_workers, pin_memory=device.type == "cuda")
     batches = iter(loader)
-    progress = Progress(run, config, first_step) if rank == 0 else None
+
     unread = []               # losses on the device, not looked at yet: reading them waits for it
     recent = []               # losses since the last report
     saved_at = time.time()
@@ -361,8 +382,9 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         # now and then: look at the losses, tell, save, stop, evaluate
         done = step + 1
         last = done == config.steps
-        evaluate_now = config.eval_every and done % config.eval_every == 0 and not last and not skip_eval
-        if device.type == "cuda" and done % config.log_every and done % config.checkpoint_every and not last and not evaluate_now:
+        tell = last or done % config.log_every == 0
+        save = last or done % config.checkpoint_every == 0 or evaluation_due(done)
+        if device.type == "cuda" and not tell and not save:
             continue
         read = torch.stack([*unread, torch.full_like(unread[0], bool(stop_signal))])            # (steps + 1, 3)
         if world > 1:
@@ -375,11 +397,10 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
             recent.append(values)
         unread.clear()
         if rank == 0:
-            if done % config.log_every == 0 or last:
+            if tell:
                 progress.report(done, {name: sum(v) / len(v) for name, v in zip(TERMS, zip(*recent))}, lr, device)
                 recent.clear()
-            due = evaluate_now or done % config.checkpoint_every == 0 or time.time() - saved_at > 60 * config.checkpoint_minutes
-            if due or stop or last:
+            if save or stop or time.time() - saved_at > 60 * config.checkpoint_minutes:
                 if not all(p.isfinite().all() for p in model.parameters()):  # the loss was, but not its last update
                     raise DataError(f"the weights are not finite after step {done} (lr {lr:g}); {REMEDY.format(run=run)}")
                 save_checkpoint(run, checkpoint_of(done))
@@ -387,27 +408,12 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         if stop and not last:
             say(f"\nstopped by a signal after step {done}; go on with: make resume RUN={run}")
             sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
-        if evaluate_now:
-            started = time.time()
-            evaluate_step(model, categories, config, run, device, done)
-            if progress:
-                progress.last += time.time() - started  # its images/s are those of training
+        if evaluation_due(done):
+            evaluate_step(done)
     for number, default in default_handlers.items():
         signal.signal(number, default)
-    return model, categories, config
-
-
-def evaluate_step(model, categories, config: TrainConfig, run: Path, device, step: int):
-    """Evaluate on the validation split, and record the figures of this step. The report is written at the end alone."""
-    validation = data.open_split(config.data, run, "val", config.val_split)
-    out = run if step == config.steps else None
-    metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out,
-                                num_workers=config.num_workers)
-    if metrics:  # on rank 0
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics["figures"]) + "\n")
-        if not out:
-            say(f"step {step}/{config.steps} | " + " ".join(f"{name} {metrics['figures'][name]:.3f}" for name in ("AP", "AP50", "AP75")))
+    if not skip_eval:
+        evaluate_step(config.steps)
 
 
 REMEDY = "start another run with a lower --lr, from the last good weights with --init-from {run}"
@@ -422,23 +428,23 @@ def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
                     f"{image_ids}, also in {run / 'non_finite.json'}); look at these images' boxes, or {REMEDY.format(run=run)}")
 
 
-def plot(runs: list[str], path="runs/curves.png"):
-    """Draw the loss and the AP of one or more runs over one another."""
+def plot(runs: list[str]):
+    """Draw the loss and the AP of one or more runs over one another, to runs/curves.png."""
     loss, ap = {}, {}
     for run in runs:
         file = Path(run) / "metrics.jsonl"
         if not file.exists():
             raise DataError(f"{file}: no such file; name folders of runs, such as {' '.join(map(str, Path('runs').glob('*/'))) or 'runs/demo'}")
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-        loss[str(run)] = list(zip(*[(line["step"], sum(line[name] for name in TERMS)) for line in lines if "cls" in line]))
-        ap[str(run)] = list(zip(*[(line["step"], line["AP"]) for line in lines if "AP" in line]))
+        entries = read_metrics(Path(run))
+        loss[str(run)] = list(zip(*[(entry["step"], sum(entry[name] for name in TERMS)) for entry in entries if "cls" in entry]))
+        ap[str(run)] = list(zip(*[(entry["step"], entry["AP"]) for entry in entries if "AP" in entry]))
     panels = [(title, "step", {run: curve for run, curve in curves.items() if curve}) for title, curves in (("loss", loss), ("AP", ap))]
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         raise DataError(f"{', '.join(map(str, runs))}: nothing was reported yet; --log-every says when it is")
-    Path(path).parent.mkdir(exist_ok=True)
-    evaluate.draw_curves(path, panels)
-    print(path)
+    Path("runs").mkdir(exist_ok=True)
+    evaluate.draw_curves("runs/curves.png", panels)
+    print("runs/curves.png")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -503,9 +509,7 @@ def main():
             data.make_shapes(run / "data")
     if dist.is_initialized():
         dist.barrier()
-    model, categories, config = train(config, run, device, resume, args.init_from, args.skip_eval)
-    if not args.skip_eval:
-        evaluate_step(model, categories, config, run, device, config.steps)
+    train(config, run, device, resume, args.init_from, args.skip_eval)
     if dist.is_initialized():
         dist.destroy_process_group()
 
