@@ -306,14 +306,6 @@ def faults(annotations: Annotations) -> dict[str, np.ndarray]:
     return reasons
 
 
-def usable_boxes(annotations: Annotations) -> Boxes:
-    """The boxes that training uses, clipped to their image: no crowds, and none with a fault."""
-    a = annotations
-    keep = ~np.logical_or.reduce([a.crowd, *faults(a).values()])
-    first = np.concatenate([[0], np.bincount(a.image_of()[keep], minlength=len(a.image_ids)).cumsum()])
-    return Boxes(first, clip(a)[keep].astype(np.float32), a.labels[keep])
-
-
 # --- 2. deciding ------------------------------------------------------------------------------------------------------
 
 class Request(NamedTuple):
@@ -429,8 +421,11 @@ class CocoDataset(Dataset):
     """The images of a split and the boxes to learn from them; indexed by Requests, a batch at a time."""
 
     def __init__(self, annotations: Annotations, folder):
-        self.annotations, self.folder = annotations, str(folder)
-        self.boxes = usable_boxes(annotations)
+        a = annotations
+        self.annotations, self.folder, self.faults = a, str(folder), faults(a)
+        self.learned = ~np.logical_or.reduce([a.crowd, *self.faults.values()])       # (A,) which boxes are
+        counts = np.bincount(a.image_of()[self.learned], minlength=len(a.image_ids))
+        self.boxes = Boxes(np.concatenate([[0], counts.cumsum()]), clip(a)[self.learned].astype(np.float32), a.labels[self.learned])
 
     def __len__(self):
         return len(self.annotations.image_ids)
@@ -564,7 +559,7 @@ def open_split(name: str, run, kind: str, split: str = "") -> CocoDataset:
 def find_problems(dataset: CocoDataset) -> list[Problem]:
     """All that is doubtful in readable annotations, and image files that are not there. No image is opened."""
     a, problems = dataset.annotations, []
-    image, reasons = a.image_of(), faults(a)
+    image = a.image_of()
 
     def tell(rows, what, example, then, remedy, stops=False):
         if len(rows):
@@ -583,12 +578,12 @@ def find_problems(dataset: CocoDataset) -> list[Problem]:
     if len(dataset.boxes.labels) == 0:
         tell([0], "split without a box that can be learned", lambda i: a.path, "stops: there is nothing to learn",
              "annotate objects; if there are boxes, see the other problems", stops=True)
-    for reason, rows in reasons.items():
+    for reason, rows in dataset.faults.items():
         tell(np.flatnonzero(rows), reason, of_box, "does not learn them; evaluation counts them as objects not found",
              "correct them, or let --fix leave them out")
     height, width = a.sizes[image].T
     with np.errstate(over="ignore", invalid="ignore"):
-        beyond = (np.abs(a.boxes - clip(a)) > 1).any(axis=1) & ~np.logical_or.reduce(list(reasons.values()))
+        beyond = (np.abs(a.boxes - clip(a)) > 1).any(axis=1) & ~np.logical_or.reduce(list(dataset.faults.values()))
         # Read as x0, y0, x1, y1, do nearly all boxes fit their image, where as x, y, width, height many do not?
         xyxy = np.concatenate([a.boxes[:, :2], a.boxes[:, 2:] - a.boxes[:, :2]], axis=1)
         would_fit = (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1) & (xyxy[:, 2] <= width + 1) & (xyxy[:, 3] <= height + 1)
@@ -734,8 +729,7 @@ def describe(dataset: CocoDataset, short_side, long_side, enlarge, radius) -> st
     shown = order if len(order) <= 16 else np.concatenate([order[:10], order[-6:]])
     lines += bars("boxes of a category" + (" (the 10 commonest and the 6 rarest)" if len(order) > 16 else ""),
                   [brief(a.category_names[c])[1:-1] for c in shown], per_class[shown].tolist())
-    usable = np.logical_or.reduce([a.crowd, *faults(a).values()]) == 0
-    areas = np.digitize(a.areas[usable], [32**2, 96**2])
+    areas = np.digitize(a.areas[dataset.learned], [32**2, 96**2])
     lines += bars("area, as COCO evaluates it", ["small  < 32 x 32", "medium < 96 x 96", "large"],
                   np.bincount(areas, minlength=3).tolist())
     wh = boxes.boxes[:, 2:] - boxes.boxes[:, :2]
@@ -752,50 +746,30 @@ def describe(dataset: CocoDataset, short_side, long_side, enlarge, radius) -> st
     smaller boxes (ambiguous locations). Center radius {radius or 'none'}; images not flipped."""
 
 
-def draw_examples(dataset: CocoDataset, path, count=12, side=320):
-    """Write a picture of random images with their boxes to learn."""
-    tiles = []
-    for i in np.random.default_rng(0).permutation(len(dataset)):
-        try:
-            image = dataset.image(i)
-        except DataError:  # told elsewhere
-            continue
-        size, (first, last) = resized(*image.shape[1:], side, side), dataset.boxes.first[i:i + 2]
-        scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]]).repeat(2)
-        boxes = torch.from_numpy(dataset.boxes.boxes[first:last]) * scale
-        tile = torch.full((3, side, side), 255, dtype=torch.uint8)
-        tile[:, :size[0], :size[1]] = draw_boxes(transforms.resize(image, list(size), antialias=True), boxes,
-                                                 dataset.boxes.labels[first:last], dataset.annotations.category_names)
-        tiles.append(tile)
-        if len(tiles) == count:
-            break
-    if tiles:
-        write_png(make_grid(tiles, nrow=4, padding=6, pad_value=255), path)
-        print(f"  {len(tiles)} images with their boxes: {path}")
-
-
-def draw_batches(dataset: CocoDataset, path, short_side, long_side, enlarge, steps=3, batch_size=4, width=1280):
-    """Write a picture of training batches as the network sees them: sized, flipped, on their canvas (black: padding)."""
-    sampler = TrainSampler(dataset.annotations.sizes, dataset.with_boxes(), batch_size, 0,
-                           (round(0.8 * short_side), short_side), long_side, enlarge)
+def draw_batches(dataset: CocoDataset, images, path, short_side, long_side, enlarge):
+    """Write a picture of batches of some of the images (indices) as the network would see them in training: sized, flipped, on
+    their canvas (black: padding)."""
+    names = dataset.annotations.category_names
+    sampler = TrainSampler(dataset.annotations.sizes, images, 4, 0, (round(0.8 * short_side), short_side), long_side, enlarge)
     rows = []
-    for step in range(steps):
+    for step in range(3):
         batch = dataset.__getitems__(sampler.global_batch(step))
-        scale = width / batch_size / batch.images.shape[3]
-        images = transforms.resize(batch.images, [round(batch.images.shape[2] * scale), width // batch_size], antialias=True)
-        tiles = [draw_boxes(image, boxes * scale, labels.numpy(), dataset.annotations.category_names)
-                 for image, boxes, labels in zip(images, batch.boxes, batch.labels)]
-        rows.append(make_grid(tiles, nrow=batch_size, padding=3, pad_value=255))            # (3, h, w)
+        scale = 320 / batch.images.shape[3]
+        resized = transforms.resize(batch.images, [round(batch.images.shape[2] * scale), 320], antialias=True)
+        tiles = [draw_boxes(image, boxes * scale, labels.tolist(), [names[label] for label in labels])
+                 for image, boxes, labels in zip(resized, batch.boxes, batch.labels)]
+        rows.append(make_grid(tiles, padding=3, pad_value=255))                             # (3, h, w)
     write_png(torch.cat(rows, dim=1), path)
-    print(f"  {steps} batches of {batch_size} as the network would see them, with sizes of 80% to 100%: {path}")
+    print(f"  3 batches of 4 as the network would see them, with sizes of 80% to 100%: {path}")
 
 
-def draw_boxes(image: Tensor, boxes: Tensor, labels: np.ndarray, names) -> Tensor:
+def draw_boxes(image: Tensor, boxes: Tensor, labels: list[int], texts: list[str]) -> Tensor:
+    """Boxes (G, 4) on an image (3, h, w) uint8, each in the colour of its label and with its text."""
     if len(boxes) == 0:
         return image
     colours = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 1, 0.9)) for label in labels]
-    return draw_bounding_boxes(image, boxes, [ascii(names[label])[1:-1] for label in labels], colors=colours,
-                               fill_labels=True, label_colors="white")
+    texts = [ascii(text)[1:-1] for text in texts]  # torchvision's font has no other letters
+    return draw_bounding_boxes(image, boxes, texts, colors=colours, width=2, fill_labels=True, label_colors="white")
 
 
 def write_fixed(dataset: CocoDataset, out, without=()):
@@ -807,7 +781,7 @@ def write_fixed(dataset: CocoDataset, out, without=()):
     with open(a.path, encoding="utf-8-sig") as file:
         content = json.load(file)  # once more, with its polygons
     image, clipped = a.image_of(), clip(a)
-    good = ~np.logical_or.reduce([np.isin(image, without), *faults(a).values()])
+    good = ~np.logical_or.reduce([np.isin(image, without), *dataset.faults.values()])
     annotations = []
     for k in np.flatnonzero(good)[np.argsort(a.rows[good])]:
         entry, (x0, y0, x1, y1) = content["annotations"][a.rows[k]], clipped[k].tolist()
@@ -919,10 +893,10 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
     print(describe(dataset, args.short_side, args.long_side, args.enlarge, args.center_radius or None) + "\n")
     split, out = split_of(json_file), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    draw_examples(dataset, out / f"{split}.png")
-    if len(dataset.with_boxes()) and len(bad) == 0 and not any(p.stops for p in problems):
+    drawable = np.setdiff1d(dataset.with_boxes(), bad)
+    if len(drawable):
         try:
-            draw_batches(dataset, out / f"{split}_batches.png", args.short_side, args.long_side, args.enlarge)
+            draw_batches(dataset, drawable, out / f"{split}.png", args.short_side, args.long_side, args.enlarge)
         except DataError as error:
             problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], "stops where it meets it",
                                     "see there; --images looks at all of them", stops=True))

@@ -255,10 +255,7 @@ def draw(image, boxes, labels, scores, names, truth=None, side=320):
         image = draw_bounding_boxes(image, on_image(truth), colors="white", width=1)
     if len(boxes):
         boxes, labels, scores = boxes[::-1].copy(), labels[::-1], scores[::-1]  # the best on top
-        colours = [COLOURS[label % len(COLOURS)] for label in labels]
-        text = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)]
-        image = draw_bounding_boxes(image, on_image(boxes), text, colors=colours, width=2, fill_labels=True,
-                                    label_colors="white")
+        image = data.draw_boxes(image, on_image(boxes), labels, [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)])
     return image
 
 

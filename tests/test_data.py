@@ -605,7 +605,7 @@ def test_the_checker_exits_with_0_1_or_2(tmp_path, check):
     write_split(tmp_path, good_content(), "val")
     code, text = check(tmp_path, "--images")
     assert code == 0 and "Clean." in text, text
-    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"train.png", "train_batches.png", "val.png", "val_batches.png"}
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"train.png", "val.png"}
     write_split(tmp_path, NOTES["no width"][0](good_content()), "val")
     code, text = check(tmp_path)
     assert code == 1 and "1 boxes of no width or height" in text and "'20.png' (image 20), annotation 12: bbox [5, 5, 0, 3]" in text
