@@ -32,6 +32,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -46,7 +47,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg, encode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -62,32 +63,27 @@ class Problem(NamedTuple):
     what: str              # completes "12 ..."
     count: int
     examples: list[str]    # the first ones: file, ids, value
-    then: str              # what training does with it
+    then: str | None       # what training does with it; None: it cannot start
     remedy: str
-    stops: bool = False    # training cannot start
 
 
 # --- 1. reading -------------------------------------------------------------------------------------------------------
 
 class Annotations(NamedTuple):
-    """A split as flat arrays. Annotations are sorted by image; those of image i are first[i] : first[i + 1]."""
+    """A split as flat arrays; annotations are sorted by image."""
     path: str
     image_ids: np.ndarray       # (I,) int64
     file_names: np.ndarray      # (I,) str
     sizes: np.ndarray           # (I, 2) int64: height, width, as the JSON says
-    first: np.ndarray           # (I + 1,) int64
+    image: np.ndarray           # (A,) int64: index of the annotation's image
     boxes: np.ndarray           # (A, 4) float64 xyxy pixels, as written: not clipped, not checked
     labels: np.ndarray          # (A,) int64 in [0, C): index of the category in `category_ids`
     areas: np.ndarray           # (A,) float64 pixels squared (of the object's mask, where the JSON has one)
     crowd: np.ndarray           # (A,) bool: box around a crowd of objects
     annotation_ids: np.ndarray  # (A,) int64, -1 where the JSON has none
-    rows: np.ndarray            # (A,) int64: place in the JSON's list of annotations
     category_ids: list[int]     # C, sorted
     category_names: list[str]   # C
-
-    def image_of(self) -> np.ndarray:
-        """(A,) index of each annotation's image."""
-        return np.repeat(np.arange(len(self.image_ids)), np.diff(self.first))
+    rows: dict[str, np.ndarray]  # places of images (I,), annotations (A,) and categories (C,) in the JSON's lists
 
 
 def find_split(root: str, kind: str, split: str = "") -> tuple[Path, Path]:
@@ -138,11 +134,6 @@ def make_folder(path, option) -> Path:
     except OSError as error:
         raise DataError(f"{path}: no folder that can be written to ({error.strerror}); name another with {option}") from None
     return Path(path)
-
-
-def write_png(picture: Tensor, path):
-    """A picture (3, H, W) uint8 as a file. (torchvision's write_png does not notice that a disk is full.)"""
-    Path(path).write_bytes(encode_png(picture).numpy())
 
 
 def sentence(error: Exception) -> str:
@@ -213,26 +204,28 @@ def read_annotations(path, problems: list[Problem] | None = None) -> Annotations
         """Go on with the entries `good` (a mask) of a table, and tell of the others: `wrong`(entry) says what it has."""
         bad = rows[table][~good]
         rows[table] = rows[table][good]
-        if len(bad):
-            examples = [f"{table}[{i}] " + "".join(f"({key} {brief(entry[key])}) " for key in ("id", "file_name") if key in entry) +
-                        wrong(entry) for i in bad[:3] for entry in [content[table][i]]]
-            if problems is None:
-                raise DataError(f"{path}: {len(bad)} {table} {what}: {examples[0]}; {remedy}")
-            problems.append(Problem(f"{table} {what}", len(bad), examples, "stops, with this as the error", remedy, stops=True))
+        examples = []
+        for i in bad[:3].tolist():
+            entry = content[table][i]
+            named = "".join(f"({key} {brief(entry[key])}) " for key in ("id", "file_name") if key in entry)
+            examples.append(f"{table}[{i}] {named}{wrong(entry)}")
+        if examples and problems is None:
+            raise DataError(f"{path}: {len(bad)} {table} {what}: {examples[0]}; {remedy}")
+        if examples:
+            problems.append(Problem(f"{table} {what}", len(bad), examples, None, remedy))
 
     for table, fields in FIELDS.items():
         for key, (test, words, _) in fields.items():
             good = np.fromiter(map(test, column(table, key)), bool, len(rows[table]))
             keep(table, good, f"whose {key} is not {words}",
                  lambda entry: f"has {key} {brief(entry[key])}" if key in entry else f"has no {key}")
-    for table in ("categories", "images"):  # of equal entries the first is kept, of contradicting ones none
-        ids = column(table, "id", np.int64)
-        _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        first = first[inverse]                                                      # of the same id
-        again = np.flatnonzero(first != np.arange(len(ids)))
-        contradicting = [k for k in again if content[table][rows[table][k]] != content[table][rows[table][first[k]]]]
-        good = np.isin(np.arange(len(ids)), again, invert=True) & ~np.isin(ids, ids[contradicting])
-        keep(table, good, "whose id stands several times", lambda entry: f"has id {entry['id']} like another; ids must be unique",
+    for table in ("categories", "images"):
+        same = {}  # id -> places of the entries that have it
+        for i in rows[table].tolist():
+            same.setdefault(content[table][i]["id"], []).append(i)
+        # of equal entries the first is kept, of contradicting ones none
+        kept = [places[0] for places in same.values() if all(content[table][i] == content[table][places[0]] for i in places)]
+        keep(table, np.isin(rows[table], kept), "whose id stands several times", lambda entry: f"has id {entry['id']} like another; ids must be unique",
              "give every entry an id of its own, and correct the annotations that name it")
         if len(rows[table]) == 0:
             raise DataError(f"{path}: has no {table}{' that can be used' * bool(content[table])}; export the file again")
@@ -248,25 +241,24 @@ def read_annotations(path, problems: list[Problem] | None = None) -> Annotations
              "multiply x and width by the image's width, y and height by its height")
         xywh = xywh[~tiny]
 
-    image_ids, category_ids = (column(table, "id", np.int64) for table in ("images", "categories"))
-    by_id = np.argsort(image_ids)
-    image = by_id[np.searchsorted(image_ids, column("annotations", "image_id", np.int64), sorter=by_id)]
-    order = np.argsort(image, kind="stable")
-    rows["annotations"], xywh = rows["annotations"][order], xywh[order]             # sorted by image from here on
-    areas = [content["annotations"][i].get("area") for i in rows["annotations"].tolist()]
-    areas = np.array([area if is_number(area) else -1 for area in areas], dtype=np.float64)
+    index = {id: i for i, id in enumerate(column("images", "id"))}
+    image = np.array([index[id] for id in column("annotations", "image_id")], dtype=np.int64)
+    order = image.argsort(kind="stable")
+    rows["annotations"], image, xywh = rows["annotations"][order], image[order], xywh[order]
+    rows["categories"] = rows["categories"][column("categories", "id", np.int64).argsort()]
+    category_ids = column("categories", "id", np.int64)
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        areas = np.where(np.isfinite(areas) & (areas >= 0), areas, np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1), posinf=0))
-    by_id = np.argsort(category_ids)
-    names = column("categories", "name")
+        of_boxes = np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1), posinf=0).tolist()
+    areas = [content["annotations"][i].get("area") for i in rows["annotations"].tolist()]
+    areas = [area if is_number(area) and 0 <= area < math.inf else of_box for area, of_box in zip(areas, of_boxes)]
     return Annotations(
-        path=str(path), image_ids=image_ids, file_names=np.array(column("images", "file_name")),
+        path=str(path), image_ids=column("images", "id", np.int64), file_names=np.array(column("images", "file_name")),
         sizes=np.stack([column("images", "height", np.int64), column("images", "width", np.int64)], axis=1),
-        first=np.concatenate([[0], np.bincount(image, minlength=len(image_ids)).cumsum()]), boxes=boxes,
-        labels=np.searchsorted(category_ids[by_id], column("annotations", "category_id", np.int64)), areas=areas,
-        crowd=column("annotations", "iscrowd", bool), annotation_ids=column("annotations", "id", np.int64),
-        rows=rows["annotations"], category_ids=category_ids[by_id].tolist(), category_names=[names[i] for i in by_id])
+        image=image, boxes=boxes, labels=np.searchsorted(category_ids, column("annotations", "category_id", np.int64)),
+        areas=np.array(areas, dtype=np.float64), crowd=column("annotations", "iscrowd", bool),
+        annotation_ids=column("annotations", "id", np.int64), category_ids=category_ids.tolist(),
+        category_names=column("categories", "name"), rows=rows)
 
 
 def brief(value) -> str:
@@ -286,7 +278,7 @@ class Boxes(NamedTuple):
 
 def clip(annotations: Annotations) -> np.ndarray:
     """(A, 4) float64: the boxes, cut at the edges of their images."""
-    height, width = annotations.sizes[annotations.image_of()].T
+    height, width = annotations.sizes[annotations.image].T
     return annotations.boxes.clip(0, np.stack([width, height, width, height], axis=1))
 
 
@@ -324,12 +316,15 @@ def resized(height, width, short_side, long_side, enlarge=True) -> tuple[int, in
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def padded(pixels) -> int:
+    """The side of a canvas for so many pixels."""
+    return math.ceil(pixels / CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+
+
 def requests(indices, flips, sizes, sides=()) -> list[Request]:
     """Requests of one batch, on a canvas that holds them all: its sides are of `sides`, else multiples of 32."""
-    def padded(pixels):
-        return next((side for side in sides if side >= pixels), -(-pixels // CANVAS_MULTIPLE) * CANVAS_MULTIPLE)
-
-    canvas = tuple(padded(max(side)) for side in zip(*sizes))
+    longest = [max(side) for side in zip(*sizes)]                                    # height, width
+    canvas = tuple(next((side for side in sides if side >= pixels), padded(pixels)) for pixels in longest)
     return [Request(int(i), bool(flip), size, canvas) for i, flip, size in zip(indices, flips, sizes)]
 
 
@@ -347,9 +342,9 @@ class TrainSampler:
         self.sizes, self.images, self.batch_size, self.seed = sizes, np.asarray(images), batch_size, seed
         self.short_sides, self.long_side, self.enlarge, self.flip = short_sides, long_side, enlarge, flip
         largest = [resized(*size, short_sides[1], long_side, enlarge) for size in np.unique(sizes, axis=0).tolist()]
-        steps = np.linspace(max(map(min, largest)), max(map(max, largest)), canvas_sides)  # of the short sides, of the long ones
-        self.sides = sorted({-(-int(side) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in steps})
-        self.batches_per_epoch = -(-len(self.images) // batch_size)
+        short, long = max(map(min, largest)), max(map(max, largest))  # what the short and the long sides need
+        self.sides = sorted(set(map(padded, np.linspace(short, long, canvas_sides))))
+        self.batches_per_epoch = math.ceil(len(self.images) / batch_size)
         self._epoch = (-1, None)
 
     def global_batch(self, step: int) -> list[Request]:
@@ -374,30 +369,22 @@ class TrainSampler:
         return batches[random.permutation(len(batches))]
 
 
-class Shard:
-    """The part of every global batch that one process loads, an accumulation step at a time (a DataLoader batch sampler)."""
-
-    def __init__(self, sampler: TrainSampler, steps: range, accumulate=1, rank=0, world=1):
-        self.sampler, self.steps, self.accumulate, self.rank, self.world = sampler, steps, accumulate, rank, world
-
-    def __iter__(self) -> Iterator[list[Request]]:
-        share = self.sampler.batch_size // (self.accumulate * self.world)
-        for step in self.steps:
-            batch = self.sampler.global_batch(step)
-            for part in range(self.accumulate):
-                first = (part * self.world + self.rank) * share
-                yield batch[first:first + share]
-
-    def __len__(self):
-        return len(self.steps) * self.accumulate
+def shares(sampler: TrainSampler, steps: range, accumulate: int, rank: int, world: int) -> Iterator[list[Request]]:
+    """The part of every global batch that one process loads, an accumulation step at a time."""
+    share = sampler.batch_size // (accumulate * world)
+    for step in steps:
+        batch = sampler.global_batch(step)
+        for part in range(accumulate):
+            first = (part * world + rank) * share
+            yield batch[first:first + share]
 
 
 def evaluation_batches(sizes, batch_size, short_side, long_side, enlarge) -> list[list[Request]]:
     """Every image once, images of like shape together. Depends on nothing but the data set, so that processes can share it out."""
     after = [resized(*size, short_side, long_side, enlarge) for size in sizes.tolist()]
-    order = sorted(range(len(after)), key=lambda i: (after[i], i))
-    return [requests(chunk, [False] * len(chunk), [after[i] for i in chunk])
-            for chunk in (order[i:i + batch_size] for i in range(0, len(order), batch_size))]
+    order = sorted(range(len(after)), key=after.__getitem__)
+    chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [requests(chunk, [False] * len(chunk), [after[i] for i in chunk]) for chunk in chunks]
 
 
 # --- 3. loading -------------------------------------------------------------------------------------------------------
@@ -424,7 +411,7 @@ class CocoDataset(Dataset):
         a = annotations
         self.annotations, self.folder, self.faults = a, str(folder), faults(a)
         self.learned = ~np.logical_or.reduce([a.crowd, *self.faults.values()])       # (A,) which boxes are
-        counts = np.bincount(a.image_of()[self.learned], minlength=len(a.image_ids))
+        counts = np.bincount(a.image[self.learned], minlength=len(a.image_ids))
         self.boxes = Boxes(np.concatenate([[0], counts.cumsum()]), clip(a)[self.learned].astype(np.float32), a.labels[self.learned])
 
     def __len__(self):
@@ -443,7 +430,7 @@ class CocoDataset(Dataset):
         return np.array([i for i, name in enumerate(self.annotations.file_names.tolist())
                          if name not in there and not os.path.isfile(os.path.join(self.folder, name))], dtype=np.int64)
 
-    def __getitems__(self, batch: list[Request]) -> Batch:
+    def __getitem__(self, batch: list[Request]) -> Batch:
         images = blank(len(batch), *batch[0].canvas)                                # (N, 3, H, W)
         boxes, labels = [], []
         for n, request in enumerate(batch):
@@ -491,7 +478,6 @@ def load_image(path, apply_exif_orientation=False) -> Tensor:
     torchvision decodes JPEG fast, and refuses one that is cut off; its PNG decoder ends the process on a damaged file,
     so that everything else is Pillow's.
     """
-    remedy = "replace the file, or take it out of the JSON (python data.py DIR --images --fix OUT.json)"
     try:
         content = np.fromfile(path, np.uint8)
         if content[:2].tobytes() == b"\xff\xd8":
@@ -507,26 +493,12 @@ def load_image(path, apply_exif_orientation=False) -> Tensor:
                 pixels = np.array(picture.convert("RGBA" if picture.mode == "P" else "RGB"))[..., :3]  # (H, W, 3)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image file; {remedy}") from None
+        raise DataError(f"{path}: no such image file") from None
     except UnidentifiedImageError:
         reason = "it is empty" if len(content) == 0 else f"not an image; it begins with {content[:12].tobytes()!r}"
     except Exception as error:  # whatever a damaged file makes a decoder raise
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0] if str(error) else type(error).__name__)
-    raise DataError(f"{path}: cannot be decoded as an image ({reason}); {remedy}")
-
-
-class Loader(DataLoader):
-    """A DataLoader whose workers' DataErrors stay one sentence (torch makes a traceback of their message)."""
-
-    def __iter__(self):
-        try:
-            yield from super().__iter__()
-        except DataError as error:
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
-
-
-def as_it_is(batch):
-    return batch
+    raise DataError(f"{path}: cannot be decoded as an image ({reason}); replace the file")
 
 
 def in_a_group_of_its_own(worker):
@@ -534,10 +506,13 @@ def in_a_group_of_its_own(worker):
     os.setpgrp()
 
 
-def make_loader(dataset: CocoDataset, batch_sampler, num_workers: int, pin_memory=False) -> DataLoader:
-    """Batches in the sampler's order, loaded by worker processes."""
-    return Loader(dataset, batch_sampler=batch_sampler, collate_fn=as_it_is, num_workers=num_workers,
-                  pin_memory=pin_memory, persistent_workers=num_workers > 0, worker_init_fn=in_a_group_of_its_own)
+def load(dataset: CocoDataset, batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Load `batches`, lists of Requests, in their order, by so many worker processes (0: by this one)."""
+    try:
+        yield from DataLoader(dataset, batch_size=None, sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
+                              worker_init_fn=in_a_group_of_its_own)
+    except DataError as error:  # a worker's comes with its traceback in the message
+        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
 def open_split(name: str, run, kind: str, split: str = "") -> CocoDataset:
@@ -559,11 +534,11 @@ def open_split(name: str, run, kind: str, split: str = "") -> CocoDataset:
 def find_problems(dataset: CocoDataset) -> list[Problem]:
     """All that is doubtful in readable annotations, and image files that are not there. No image is opened."""
     a, problems = dataset.annotations, []
-    image = a.image_of()
+    image = a.image
 
-    def tell(rows, what, example, then, remedy, stops=False):
+    def tell(rows, what, example, then, remedy):
         if len(rows):
-            problems.append(Problem(what, len(rows), [example(i) for i in rows[:3]], then, remedy, stops))
+            problems.append(Problem(what, len(rows), [example(i) for i in rows[:3]], then, remedy))
 
     def of_image(i):
         return f"{brief(str(a.file_names[i]))} (image {a.image_ids[i]})"
@@ -574,10 +549,10 @@ def find_problems(dataset: CocoDataset) -> list[Problem]:
                 f"in {a.sizes[image[k], 1]} x {a.sizes[image[k], 0]} pixels")
 
     tell(dataset.missing(), "image files are not there", lambda i: f"{brief(dataset.image_path(i))} (image {a.image_ids[i]})",
-         "stops, with this as the error", "complete the folder, or let --fix leave these images out", stops=True)
+         None, "complete the folder, or let --fix leave these images out")
     if len(dataset.boxes.labels) == 0:
-        tell([0], "split without a box that can be learned", lambda i: a.path, "stops: there is nothing to learn",
-             "annotate objects; if there are boxes, see the other problems", stops=True)
+        problems.append(Problem("split without a box that can be learned", 1, [a.path], None,
+                                "annotate objects; if there are boxes, see the other problems"))
     for reason, rows in dataset.faults.items():
         tell(np.flatnonzero(rows), reason, of_box, "does not learn them; evaluation counts them as objects not found",
              "correct them, or let --fix leave them out")
@@ -603,10 +578,10 @@ def find_problems(dataset: CocoDataset) -> list[Problem]:
     tell(np.flatnonzero(per_class == 0), "categories without a box to learn",
          lambda c: f"{brief(a.category_names[c])} (category {a.category_ids[c]})", "never detects them",
          "add boxes, or take them out")
-    names, first, several = np.unique(a.category_names, return_index=True, return_counts=True)
+    _, first, several = np.unique(a.category_names, return_index=True, return_counts=True)
     tell(first[several > 1], "category names stand for several categories", lambda c: brief(a.category_names[c]),
          "takes them for different classes", "give each a name of its own, or merge them")
-    names, first, several = np.unique(a.file_names, return_index=True, return_counts=True)
+    _, first, several = np.unique(a.file_names, return_index=True, return_counts=True)
     tell(first[several > 1], "image files are listed under several ids", of_image,
          "learns each entry as an image of its own, in which the boxes of the other are background", "merge the entries")
     ids, several = np.unique(a.annotation_ids, return_counts=True)
@@ -633,8 +608,8 @@ def check_images(dataset: CocoDataset) -> tuple[list[Problem], np.ndarray, list[
         errors, upright, hashes = zip(*threads.map(check, range(len(dataset))))
     bad, problems = np.array([i for i, error in enumerate(errors) if error], dtype=np.int64), []
     if len(bad):
-        problems.append(Problem("images cannot be used", len(bad), [errors[i] for i in bad[:3]], "stops where it meets the first",
-                                "see each; --images --fix leaves them out", stops=True))
+        problems.append(Problem("images cannot be used", len(bad), [errors[i] for i in bad[:3]], None,
+                                "see each; --images --fix leaves them out"))
     if not all(upright):
         examples = [dataset.image_path(i) for i in np.flatnonzero(~np.array(upright))[:3]]
         problems.append(Problem("images have an EXIF note that turns them, but width and height of the pixels as stored",
@@ -643,15 +618,15 @@ def check_images(dataset: CocoDataset) -> tuple[list[Problem], np.ndarray, list[
     return problems, bad, list(hashes)
 
 
-def compare_splits(train: CocoDataset, val: CocoDataset, train_hashes, val_hashes) -> list[Problem]:
-    """Problems between the two splits of a data set."""
-    problems = []
+def compare_splits(train_and_hashes, val_and_hashes) -> list[Problem]:
+    """Problems between the two splits of a data set, each with the hashes of its files (or none)."""
+    (train, train_hashes), (val, val_hashes), problems = train_and_hashes, val_and_hashes, []
     ours, theirs = (list(zip(d.annotations.category_ids, d.annotations.category_names)) for d in (train, val))
     if ours != theirs:
         differ = sorted(set(ours) ^ set(theirs)) or ours
         examples = [f"{id} {brief(name)} is in {'train' if (id, name) in ours else 'val'} alone" for id, name in differ[:3]]
-        problems.append(Problem("categories differ between train and val", len(differ), examples, "evaluation stops after training",
-                                "give both files the same list of categories", stops=True))
+        problems.append(Problem("categories differ between train and val", len(differ), examples, None,
+                                "give both files the same list of categories"))
     seen = {digest: i for i, digest in enumerate(train_hashes) if digest}
     shared = [(seen[digest], i) for i, digest in enumerate(val_hashes) if digest in seen]
     if shared:
@@ -673,93 +648,87 @@ def describe_dropped(dataset: CocoDataset) -> str:
     return "\n".join(lines)
 
 
-def count_locations(boxes: Boxes, sizes, after, radius) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def count_locations(boxes: Boxes, sizes, after) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How many locations are positive for each box, and how many of them it keeps against smaller boxes.
 
-    The rules are those at the top of assign.py, applied to unflipped images of sizes (I, 2) resized to `after`. Returns
-    claimed (A,), kept (A,), and level (A,): the one that learns the box's centre, 0 for P3.
+    The rules are those at the top of assign.py, with center sampling of radius 1.5, applied to unflipped images of `sizes`
+    (I, 2) resized to `after` (I, 2). Returns claimed (A,), kept (A,), and the longer side of each box (A,).
     """
     image = np.repeat(np.arange(len(sizes)), np.diff(boxes.first))                      # (A,)
-    box = boxes.boxes * np.tile((after / sizes)[:, ::-1], 2)[image]                      # (A, 4)
-    wh = box[:, 2:] - box[:, :2]
-    order = np.lexsort((wh.prod(axis=1), image))                                         # in an image, smallest first
+    box = boxes.boxes * np.tile((after / sizes)[:, ::-1], 2)[image].astype(np.float32)   # (A, 4)
+    start, end, middle = box[:, :2], box[:, 2:], (box[:, :2] + box[:, 2:]) / 2           # (A, 2): x, y
+    order = np.lexsort(((end - start).prod(axis=1), image))                              # in an image, smallest first
+    window = np.argwhere(np.ones((3, 3)))            # (9, 2): no other cell's centre is within 1.5 strides of the middle
     claimed, kept = np.zeros((2, len(box)), dtype=np.int64)
     edges = np.unique(np.searchsorted(boxes.first, np.arange(0, len(box), 50_000)))      # portions: memory stays small
-    for part in np.split(order, boxes.first[edges[1:]]):
+    for part in np.split(order, boxes.first[edges[1:]]):                                 # (B,)
         for level in range(5):
-            stride, low, high = 8 << level, 32 << level if level else -1, 64 << level if level < 4 else 1e9
-            fits = part[(wh[part].max(axis=1) >= low) & (wh[part].max(axis=1) <= 2 * high)]
-            start, end = box[fits, :2], box[fits, 2:]                                     # (B, 2): x, y
-            middle, half = (start + end) / 2, (end - start) / 2
-            reach = half if radius is None else np.minimum(half, radius * stride)
-            # Cells whose centre (i + 0.5) * stride is strictly within reach of the middle, and max(l, r) <= high
-            first = np.maximum(np.floor((middle - reach) / stride - 0.5) + 1, np.ceil((end - high) / stride - 0.5)).astype(int)
-            last = np.minimum(np.ceil((middle + reach) / stride - 0.5) - 1, np.floor((start + high) / stride - 0.5)).astype(int)
-            cells = (last - first + 1).clip(0)                                            # (B, 2)
-            number = cells.prod(axis=1)                                                   # (B,); K in all
-            b = np.repeat(np.arange(len(fits)), number)                                   # (K,)
-            k = np.arange(len(b)) - np.repeat(number.cumsum() - number, number)
-            x, y = first[b, 0] + k % cells[b, 0], first[b, 1] + k // cells[b, 0]
-            centre = (np.stack([x, y], axis=1) + 0.5) * stride                            # (K, 2)
-            positive = (np.abs(centre - middle[b]) + half[b]).max(axis=1) >= low          # max(l, t, r, b)
-            b, x, y = b[positive], x[positive], y[positive]
-            claimed[fits] += np.bincount(b, minlength=len(fits))
-            _, winner = np.unique((image[fits[b]] << 32) + (y << 16) + x, return_index=True)  # the first, hence smallest
-            kept[fits] += np.bincount(b[winner], minlength=len(fits))
-    return claimed, kept, np.searchsorted([64, 128, 256, 512], wh.max(axis=1) / 2)
+            stride, low, high = 8 << level, 32 << level if level else -1, 64 << level if level < 4 else np.inf
+            lower = np.maximum(start, middle - 1.5 * stride)[part, None]                  # (B, 1, 2)
+            upper = np.minimum(end, middle + 1.5 * stride)[part, None]
+            cell = np.floor(lower / stride + 0.5).astype(int) + window                    # (B, 9, 2)
+            centre = (cell + np.float32(0.5)) * stride
+            farthest = np.maximum(centre - start[part, None], end[part, None] - centre).max(axis=2)  # (B, 9): max(l, t, r, b)
+            positive = ((centre > lower) & (centre < upper)).all(axis=2) & (farthest >= low) & (farthest <= high)
+            b, n = positive.nonzero()                                                     # (K,)
+            _, winner = np.unique((image[part[b]] << 32) + (cell[b, n, 0] << 16) + cell[b, n, 1], return_index=True)
+            claimed[part] += positive.sum(axis=1)
+            kept[part] += np.bincount(b[winner], minlength=len(part))                     # the first, hence smallest
+    return claimed, kept, (end - start).max(axis=1)
 
 
-def bars(title, names, counts, width=40) -> list[str]:
+def bars(title, names, counts) -> list[str]:
     """A table with a bar for each row."""
-    space, total = max(map(len, names)), max(1, sum(counts))
-    return [f"\n  {title}"] + [f"    {name:<{space}} {count:9,d} {count / total:5.0%} {'#' * -(-width * count // max(1, *counts))}"
+    widest, total, most = max(map(len, names)), max(1, sum(counts)), max(1, *counts)
+    return [f"\n  {title}"] + [f"    {name:<{widest}} {count:9,d} {count / total:5.0%} {'#' * math.ceil(40 * count / most)}"
                                for name, count in zip(names, counts)]
 
 
-def describe(dataset: CocoDataset, short_side, long_side, enlarge, radius) -> str:
+def describe(dataset: CocoDataset, short_side, long_side) -> str:
     """What is in a split, as half a page of text."""
+    def histogram(title, names, values, edges):
+        return bars(title, names, np.bincount(np.digitize(values, edges), minlength=len(names)).tolist())
+
     a, boxes = dataset.annotations, dataset.boxes
     lines = [f"{a.path}: {len(a.image_ids):,d} images, {len(a.labels):,d} boxes of {len(a.category_ids)} categories; "
              f"to learn: {len(boxes.labels):,d} boxes in {len(dataset.with_boxes()):,d} images"]
-    edges = [0, 1, 2, 4, 8, 16, 32, 64, 128]
-    names = ["0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127", "128 and more"]
-    lines += bars("boxes in an image", names, np.histogram(np.diff(boxes.first), edges + [np.inf])[0].tolist())
+    lines += histogram("boxes in an image", ["0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127", "128 and more"],
+                       np.diff(boxes.first), [1, 2, 4, 8, 16, 32, 64, 128])
     per_class = np.bincount(boxes.labels, minlength=len(a.category_ids))
     order = np.argsort(-per_class, kind="stable")
     shown = order if len(order) <= 16 else np.concatenate([order[:10], order[-6:]])
-    lines += bars("boxes of a category" + (" (the 10 commonest and the 6 rarest)" if len(order) > 16 else ""),
+    lines += bars("boxes of a category" + " (the 10 commonest and the 6 rarest)" * (len(order) > 16),
                   [brief(a.category_names[c])[1:-1] for c in shown], per_class[shown].tolist())
-    areas = np.digitize(a.areas[dataset.learned], [32**2, 96**2])
-    lines += bars("area, as COCO evaluates it", ["small  < 32 x 32", "medium < 96 x 96", "large"],
-                  np.bincount(areas, minlength=3).tolist())
+    lines += histogram("area, as COCO evaluates it", ["small  < 32 x 32", "medium < 96 x 96", "large"], a.areas[~a.crowd], [32**2, 96**2])
     wh = boxes.boxes[:, 2:] - boxes.boxes[:, :2]
-    lines += bars("width : height", ["< 1:3", "1:3 to 1:1.5", "1:1.5 to 1.5:1", "1.5:1 to 3:1", "> 3:1"],
-                  np.bincount(np.digitize(wh[:, 0] / wh[:, 1], [1 / 3, 1 / 1.5, 1.5, 3]), minlength=5).tolist())
-    after = np.array([resized(*size, short_side, long_side, enlarge) for size in a.sizes.tolist()])
-    claimed, kept, level = count_locations(boxes, a.sizes, after, radius)
-    lines += bars(f"level that learns the box's centre, images resized to {short_side} x {long_side} at most",
-                  [f"P{i + 3}, stride {8 << i:3d}" for i in range(5)], np.bincount(level, minlength=5).tolist())
+    lines += histogram("width : height", ["< 1:3", "1:3 to 1:1.5", "1:1.5 to 1.5:1", "1.5:1 to 3:1", "> 3:1"], wh[:, 0] / wh[:, 1],
+                       [1 / 3, 1 / 1.5, 1.5, 3])
+    after = np.array([resized(*size, short_side, long_side) for size in a.sizes.tolist()])
+    claimed, kept, longest = count_locations(boxes, a.sizes, after)
+    lines += histogram(f"level that learns the box's centre, images resized to {short_side} x {long_side} at most",
+                       [f"P{i + 3}, stride {8 << i:3d}" for i in range(5)], longest / 2, [64, 128, 256, 512])
     none, covered = (claimed == 0).sum(), ((claimed > 0) & (kept == 0)).sum()
     return "\n".join(lines) + f"""
     No location learns {none:,d} boxes, too small or thin for every cell centre of the levels of their size, nor {covered:,d} more,
     whose locations all go to smaller boxes. Of all claims of boxes to locations {1 - kept.sum() / max(1, claimed.sum()):.1%} are lost to
-    smaller boxes (ambiguous locations). Center radius {radius or 'none'}; images not flipped."""
+    smaller boxes (ambiguous locations). Center sampling of radius 1.5; images not flipped."""
 
 
-def draw_batches(dataset: CocoDataset, images, path, short_side, long_side, enlarge):
-    """Write a picture of batches of some of the images (indices) as the network would see them in training: sized, flipped, on
-    their canvas (black: padding)."""
+def draw_batches(dataset: CocoDataset, images, path, short_side, long_side):
+    """Write a picture of three batches of `images` (indices) as the network sees them in training: sized, flipped, on their
+    canvas (black: padding)."""
     names = dataset.annotations.category_names
-    sampler = TrainSampler(dataset.annotations.sizes, images, 4, 0, (round(0.8 * short_side), short_side), long_side, enlarge)
+    sampler = TrainSampler(dataset.annotations.sizes, images, batch_size=4, seed=0,
+                           short_sides=(round(0.8 * short_side), short_side), long_side=long_side)
     rows = []
     for step in range(3):
-        batch = dataset.__getitems__(sampler.global_batch(step))
+        batch = dataset[sampler.global_batch(step)]
         scale = 320 / batch.images.shape[3]
         resized = transforms.resize(batch.images, [round(batch.images.shape[2] * scale), 320], antialias=True)
         tiles = [draw_boxes(image, boxes * scale, labels.tolist(), [names[label] for label in labels])
                  for image, boxes, labels in zip(resized, batch.boxes, batch.labels)]
         rows.append(make_grid(tiles, padding=3, pad_value=255))                             # (3, h, w)
-    write_png(torch.cat(rows, dim=1), path)
+    transforms.to_pil_image(torch.cat(rows, dim=1)).save(path)
     print(f"  3 batches of 4 as the network would see them, with sizes of 80% to 100%: {path}")
 
 
@@ -767,7 +736,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: list[int], texts: list[str]
     """Boxes (G, 4) on an image (3, h, w) uint8, each in the colour of its label and with its text."""
     if len(boxes) == 0:
         return image
-    colours = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 1, 0.9)) for label in labels]
+    colours = [f"hsv({label * 222.5 % 360:.0f}, 100%, 90%)" for label in labels]
     texts = [ascii(text)[1:-1] for text in texts]  # torchvision's font has no other letters
     return draw_bounding_boxes(image, boxes, texts, colors=colours, width=2, fill_labels=True, label_colors="white")
 
@@ -780,21 +749,18 @@ def write_fixed(dataset: CocoDataset, out, without=()):
         raise DataError(f"{out}: exists already and is not overwritten; name a new file for --fix")
     with open(a.path, encoding="utf-8-sig") as file:
         content = json.load(file)  # once more, with its polygons
-    image, clipped = a.image_of(), clip(a)
-    good = ~np.logical_or.reduce([np.isin(image, without), *dataset.faults.values()])
+    clipped = clip(a)
+    good = ~np.logical_or.reduce([np.isin(a.image, without), *dataset.faults.values()])
     annotations = []
-    for k in np.flatnonzero(good)[np.argsort(a.rows[good])]:
-        entry, (x0, y0, x1, y1) = content["annotations"][a.rows[k]], clipped[k].tolist()
+    for k in np.flatnonzero(good):
+        entry, (x0, y0, x1, y1) = content["annotations"][a.rows["annotations"][k]], clipped[k].tolist()
         if (clipped[k] != a.boxes[k]).any():
             entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
         entry |= {"id": len(annotations) + 1, "area": min(a.areas[k].item(), (x1 - x0) * (y1 - y0)), "iscrowd": int(a.crowd[k])}
         annotations.append(entry)
     before = {table: len(content[table]) for table in FIELDS}
-    for table, ids in (("images", np.delete(a.image_ids, without).tolist()), ("categories", a.category_ids)):
-        good = [e for e in content[table] if all(test(e.get(key)) for key, (test, *_) in FIELDS[table].items())]
-        entry_of = {entry["id"]: entry for entry in reversed(good)}  # the first of equal ones
-        content[table] = [entry_of[id] for id in ids]
-    content["annotations"] = annotations
+    content = content | {"images": [content["images"][i] for i in np.delete(a.rows["images"], without)], "annotations": annotations,
+                         "categories": [content["categories"][i] for i in a.rows["categories"]]}
     unfinished = out.with_name(out.name + ".part")
     try:
         unfinished.write_text(json.dumps(content))
@@ -890,16 +856,13 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
     if args.images:
         found, bad, hashes = check_images(dataset)
         problems += found
-    print(describe(dataset, args.short_side, args.long_side, args.enlarge, args.center_radius or None) + "\n")
-    split, out = split_of(json_file), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    print(describe(dataset, args.short_side, args.long_side) + "\n")
     drawable = np.setdiff1d(dataset.with_boxes(), bad)
     if len(drawable):
         try:
-            draw_batches(dataset, drawable, out / f"{split}.png", args.short_side, args.long_side, args.enlarge)
+            draw_batches(dataset, drawable, args.out / f"{split_of(json_file)}.png", args.short_side, args.long_side)
         except DataError as error:
-            problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], "stops where it meets it",
-                                    "see there; --images looks at all of them", stops=True))
+            problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], None, "--images looks at all of them"))
     print()
     if args.fix:
         write_fixed(dataset, args.fix, bad)
@@ -907,9 +870,13 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
 
 
 def print_problems(problems: list[Problem]):
-    for p in sorted(problems, key=lambda p: not p.stops):
-        print(f"{'ERROR' if p.stops else 'NOTE'}: {p.count:,d} {p.what}", *(f"    {example}" for example in p.examples),
-              *["    ..."] * (p.count > len(p.examples)), f"  training: {p.then}", f"  remedy: {p.remedy}", "", sep="\n")
+    for p in sorted(problems, key=lambda p: p.then is not None):
+        print(f"{'NOTE' if p.then else 'ERROR'}: {p.count:,d} {p.what}")
+        for example in p.examples:
+            print(f"    {example}")
+        if p.count > len(p.examples):
+            print("    ...")
+        print(f"  training: {p.then or 'stops, with this as the error'}\n  remedy: {p.remedy}\n")
 
 
 def main(argv=None) -> int:
@@ -922,34 +889,32 @@ def main(argv=None) -> int:
     parser.add_argument("--out", default="runs/check", help="folder for pictures of annotated images (default: runs/check)")
     parser.add_argument("--short-side", type=int, default=800, help="pixels after resizing (default: 800)")
     parser.add_argument("--long-side", type=int, default=1333, help="pixels after resizing, at most (default: 1333)")
-    parser.add_argument("--enlarge", action=argparse.BooleanOptionalAction, default=True, help="small images too")
-    parser.add_argument("--center-radius", type=float, default=1.5, help="of center sampling in strides; 0: whole boxes (default: 1.5)")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     if args.fix and not args.split:
         raise DataError("--fix repairs one file; name it with --split")
-    if min(args.short_side, args.long_side) < 1 or not 0 <= args.center_radius < np.inf:
-        raise DataError("--short-side and --long-side must be >= 1, --center-radius >= 0")
-    make_folder(args.out, "--out")
+    if min(args.short_side, args.long_side) < 1:
+        raise DataError("--short-side and --long-side must be >= 1")
+    args.out = make_folder(args.out, "--out")
     if args.dir is None:
-        args.dir = Path(args.out) / "shapes"
+        args.dir = args.out / "shapes"
         make_shapes(args.dir)
-    checked, problems = {}, []
+    checked, problems = [], []
     for kind in ("split",) if args.split else ("train", "val"):
         try:
-            *checked[kind], found = check_split(args, kind)
+            dataset, hashes, found = check_split(args, kind)
+            checked.append((dataset, hashes))
         except DataError as error:
-            found = [Problem("file cannot be used", 1, [str(error)], "stops, with this as the error", "see there", stops=True)]
+            found = [Problem("file cannot be used", 1, [str(error)], None, "see there")]
         print_problems(found)
         problems += found
     if len(checked) == 2:
-        (train, train_hashes), (val, val_hashes) = checked.values()
-        found = compare_splits(train, val, train_hashes, val_hashes)
+        found = compare_splits(*checked)
         print_problems(found)
         problems += found
     if not args.images:
         print("Images were not opened; --images decodes them all.")
-    stops = sum(p.stops for p in problems)
+    stops = any(p.then is None for p in problems)
     print("Training cannot start." if stops else "Training can start; read the notes above." if problems else "Clean.")
     return 2 if stops else 1 if problems else 0
 

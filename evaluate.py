@@ -86,7 +86,7 @@ def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_worke
             yield [(index, detect_in_image(detector, dataset.image(index), tta))]
 
     def in_batches():
-        for batch in data.make_loader(dataset, batches, num_workers, pin_memory=detector.device.type == "cuda"):
+        for batch in data.load(dataset, batches, num_workers, pin_memory=detector.device.type == "cuda"):
             found = detector(batch.images, batch.sizes)
             yield [(index, d._replace(boxes=d.boxes * ratio(sizes[index], size)))
                    for index, size, d in zip(batch.indices.tolist(), batch.sizes.tolist(), found)]
@@ -165,7 +165,7 @@ def coco_evaluation(annotations: Annotations, results: Results) -> COCOeval:
         return coco
 
     with contextlib.redirect_stdout(io.StringIO()):  # COCOeval narrates
-        truth = index(np.repeat(a.image_ids, np.diff(a.first)), a.labels, a.boxes, a.areas, iscrowd=a.crowd.astype(int))
+        truth = index(a.image_ids[a.image], a.labels, a.boxes, a.areas, iscrowd=a.crowd.astype(int))
         wh = results.boxes[:, 2:] - results.boxes[:, :2]
         found = index(results.image_ids, results.labels, results.boxes, wh.prod(axis=1), score=results.scores)
         evaluation = COCOeval(truth, found, "bbox")
@@ -277,7 +277,7 @@ def draw_grid(path, dataset: CocoDataset, results: Results, names, score, indice
         if captions:
             ImageDraw.Draw(tile).text((2, picture.shape[1] + 2), captions[n], fill="black", font=font)
         tiles.append(transforms.pil_to_tensor(tile))
-    data.write_png(make_grid(tiles, nrow=columns, padding=6, pad_value=255), path)
+    transforms.to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=255)).save(path)
 
 
 def draw_verdicts(out: Path, evaluation: COCOeval, dataset: CocoDataset, results: Results, names, score, count=8):
@@ -433,7 +433,7 @@ def predict(detector: Detector, paths: list[Path], names: list[str], out, tta=Fa
         found.append({"file": str(path), "picture": picture, "width": image.shape[2], "height": image.shape[1], "detections": [
             {"bbox": [round(x, 2) for x in box], "score": round(score, 5), "category": names[label]}
             for box, score, label in zip(to_xywh(boxes).tolist(), scores, labels)]})
-        data.write_png(draw(image, boxes, labels, scores, names, side=max(image.shape[1:])), out / picture)
+        transforms.to_pil_image(draw(image, boxes, labels, scores, names, side=max(image.shape[1:]))).save(out / picture)
         print(f"{path}: {len(boxes)} objects", flush=True)
     (out / "detections.json").write_text(json.dumps(found, indent=1))
     print(f"pictures and detections.json in {out}", flush=True)

@@ -357,9 +357,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     stop_signal = []
     default_handlers = {number: signal.signal(number, lambda number, frame: stop_signal.append(number))
                         for number in (signal.SIGTERM, signal.SIGINT)}
-    loader = data.make_loader(dataset, data.Shard(sampler, range(first_step, config.steps), accumulate, rank, world),
-                              config.num_workers, pin_memory=device.type == "cuda")
-    batches = iter(loader)
+    batches = data.load(dataset, data.shares(sampler, range(first_step, config.steps), accumulate, rank, world),
+                        config.num_workers, pin_memory=device.type == "cuda")
 
     unread = []               # losses on the device, not looked at yet: reading them waits for it
     recent = []               # losses since the last report

@@ -283,7 +283,7 @@ def gpu_training(N=16, height=800, width=1333, G=20):
     Peak memory is what a side holds beyond what lay there before it, weights, gradients and momentum included."""
     images = torch.stack([photograph(height, width, seed) for seed in range(N)])
     boxes, labels = boxes_in(N, G, height, width)
-    canvas = tuple(-(-side // data.CANVAS_MULTIPLE) * data.CANVAS_MULTIPLE for side in (height, width))
+    canvas = data.padded(height), data.padded(width)
     builders = {"ours": lambda: our_step(images, boxes, labels, canvas, "cuda"),
                 "amp": lambda: torchvision_step(images, boxes, labels, "cuda", torch.float16)}
     sides, peak = {}, {}
@@ -387,8 +387,8 @@ def input_pipeline(images=16, height=480, width=640, short=800, long=1333, **tur
                 loaded.append(pil_transforms.to_tensor(pil_transforms.hflip(picture) if request.flip else picture))
             return transform(loaded)[0].tensors                                          # (N, 3, H, W) float
 
-        note = f"batches of {tuple(dataset.__getitems__(batch).images.shape)} and {tuple(peer().shape)}"
-        times = take_turns({"ours": lambda: dataset.__getitems__(batch), "peer": peer}, **turns)
+        note = f"batches of {tuple(dataset[batch].images.shape)} and {tuple(peer().shape)}"
+        times = take_turns({"ours": lambda: dataset[batch], "peer": peer}, **turns)
     torch.set_num_threads(threads)
     rate = {side: [1000 * images / ms for ms in t] for side, t in times.items()}
     yield row(f"input pipeline {width} x {height} JPEG to {short}/{long}, one thread: Pillow, float", "images/s",

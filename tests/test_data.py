@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 from assign import assign_targets, make_locations
-from data import CocoDataset, DataError, Request, Shard, TrainSampler, read_annotations
+from data import CocoDataset, DataError, Request, TrainSampler, read_annotations
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 DATA_PY = Path(data.__file__).resolve()
@@ -59,11 +59,11 @@ def encoded(picture, kind="JPEG", **options):
 
 def test_annotations_stand_in_flat_arrays_sorted_by_image(tmp_path):
     a = open_good(tmp_path).annotations
-    assert a.image_ids.tolist() == [30, 10, 20, 40] and a.first.tolist() == [0, 1, 3, 4, 5]
+    assert a.image_ids.tolist() == [30, 10, 20, 40] and a.image.tolist() == [0, 1, 1, 2, 3]
     assert a.annotation_ids.tolist() == [9, 7, 8, 12, 11]
     assert a.boxes[1].tolist() == [10, 20, 40, 55] and a.boxes[2].tolist() == [1.5, 2, 21.5, 22]
     assert a.sizes.tolist() == [[78, 64], [58, 64], [68, 64], [88, 64]]
-    assert all(isinstance(v, np.ndarray) and v.dtype != object for k, v in a._asdict().items() if not k.startswith(("path", "category")))
+    assert all(isinstance(v, np.ndarray) and v.dtype != object for k, v in a._asdict().items() if not k.startswith(("path", "category", "rows")))
 
 
 def test_category_ids_are_arbitrary_and_labels_are_their_rank(tmp_path):
@@ -78,7 +78,7 @@ def test_whole_floats_bom_missing_iscrowd_and_missing_area_are_read(tmp_path):
     for entry in content["annotations"]:
         del entry["iscrowd"], entry["area"]
     a = read_annotations(write_split(tmp_path, None, text=b"\xef\xbb\xbf" + json.dumps(content).encode()))
-    assert a.sizes[0, 1] == 64 and a.first.tolist() == [0, 1, 3, 4, 5] and not a.crowd.any()
+    assert a.sizes[0, 1] == 64 and a.image.tolist() == [0, 1, 1, 2, 3] and not a.crowd.any()
     assert a.areas.tolist() == [64 * 48, 1050, 400, 108, 375]
 
 
@@ -119,23 +119,14 @@ def repeated(table, **changes):
 NAN, INF = float("nan"), float("inf")
 STOPS = {  # mutation -> what the error must say
     "images missing": (change("images", drop=True), "no list of images"),
-    "annotations missing": (change("annotations", drop=True), "no list of annotations"),
-    "categories missing": (change("categories", drop=True), "no list of categories"),
     "annotations an object": (change("annotations", to={}), "no list of annotations"),
-    "images null": (change("images", to=None), "no list of images"),
     "images empty": (change("images", to=[]), "has no images"),
-    "categories empty": (change("categories", to=[]), "has no categories"),
     "image a number": (change("images", 1, to=7), "among its images is 7"),
-    "annotation a list": (change("annotations", 2, to=[1, 2]), r"among its annotations is \[1, 2\]"),
-    "category a string": (change("categories", 0, to="cat"), "among its categories is 'cat'"),
     "list at the top": (lambda content: [content], "holds a list"),
-    "string at the top": (lambda content: "data", "holds a str"),
-    "null at the top": (lambda content: None, "holds a NoneType"),
     "image id a string": (change("images", 0, "id", to="30"), "images whose id is not a whole number.*'30'"),
     "image id 1.5": (change("images", 0, "id", to=1.5), "images whose id is not a whole number.*1.5"),
     "image id a bool": (change("images", 0, "id", to=True), "images whose id is not a whole number.*True"),
     "image id huge": (change("images", 0, "id", to=10**40), "images whose id is not.*more than 30 digits"),
-    "image id null": (change("images", 0, "id", to=None), "images whose id is not a whole number.*None"),
     "image id missing": (change("images", 0, "id", drop=True), "images whose id is not a whole number.*has no id"),
     "file name missing": (change("images", 0, "file_name", drop=True), r"images\[0\] \(id 30\) has no file_name"),
     "file name a number": (change("images", 0, "file_name", to=5), "file_name 5"),
@@ -147,11 +138,9 @@ STOPS = {  # mutation -> what the error must say
     "file name a half character": (change("images", 0, "file_name", to="\ud800.png"), r"not a path inside the image folder.*ud800"),
     "height missing": (change("images", 1, "height", drop=True), r"height.*images\[1\] \(id 10\) .*has no height"),
     "height zero": (change("images", 1, "height", to=0), "height 0"),
-    "width negative": (change("images", 1, "width", to=-64), "width -64"),
     "width a string": (change("images", 1, "width", to="64"), "width '64'"),
     "width 63.5": (change("images", 1, "width", to=63.5), "width 63.5"),
     "width huge": (change("images", 1, "width", to=10**12), "width 1000000000000"),
-    "width infinite": (change("images", 1, "width", to=INF), "width inf"),
     "category id a string": (change("categories", 0, "id", to="900"), "categories whose id is not a whole number.*'900'"),
     "category name missing": (change("categories", 0, "name", drop=True), "has no name"),
     "category name a list": (change("categories", 0, "name", to=["cat"]), r"name \['cat'\]"),
@@ -162,21 +151,16 @@ STOPS = {  # mutation -> what the error must say
     "unknown category": (change("annotations", 0, "category_id", to=1), r"\(id 7\) has category_id 1, which is not among the categories"),
     "image_id missing": (change("annotations", 3, "image_id", drop=True), r"annotations\[3\] \(id 12\) has no image_id"),
     "image_id a string": (change("annotations", 3, "image_id", to="20"), "image_id '20'"),
-    "category_id null": (change("annotations", 3, "category_id", to=None), "category_id None"),
     "category_id an object": (change("annotations", 3, "category_id", to={"id": 3}), "category_id {'id': 3}"),
     "bbox missing": (change("annotations", 3, "bbox", drop=True), r"annotations\[3\] \(id 12\) has no bbox"),
     "bbox of three": (change("annotations", 3, "bbox", to=[1, 2, 3]), r"not four numbers.*\(id 12\) has bbox \[1, 2, 3\]"),
-    "bbox of five": (change("annotations", 3, "bbox", to=[1, 2, 3, 4, 5]), "not four numbers"),
-    "bbox empty": (change("annotations", 3, "bbox", to=[]), r"has bbox \[\]"),
     "bbox with text": (change("annotations", 3, "bbox", to=["1", 2, 3, 4]), "not four numbers.*'1'"),
     "bbox with null": (change("annotations", 3, "bbox", to=[1, 2, None, 4]), "not four numbers.*None"),
     "bbox with bool": (change("annotations", 3, "bbox", to=[1, 2, True, 4]), "not four numbers.*True"),
-    "bbox nested": (change("annotations", 3, "bbox", to=[[1, 2, 3, 4]]), "not four numbers"),
     "bbox an object": (change("annotations", 3, "bbox", to={"x": 1}), "not four numbers.*'x'"),
     "bbox a text": (change("annotations", 3, "bbox", to="1 2 3 4"), "not four numbers.*'1 2 3 4'"),
     "bbox huge": (change("annotations", 3, "bbox", to=[1, 2, 10**400, 4]), "not four numbers"),
     "iscrowd 2": (change("annotations", 3, "iscrowd", to=2), "iscrowd 2"),
-    "iscrowd text": (change("annotations", 3, "iscrowd", to="no"), "iscrowd 'no'"),
     "annotation id a string": (change("annotations", 3, "id", to="twelve"), "id 'twelve'"),
     "normalised boxes": (lambda c: c | {"annotations": [a | {"bbox": [0.1, 0.2, 0.3, 0.4]} for a in c["annotations"]]},
                          "5 annotations whose bbox is normalised.*multiply"),
@@ -220,7 +204,7 @@ def test_what_is_doubtful_is_counted_and_told(tmp_path, name):
     dataset = open_good(tmp_path, mutate(good_content()))
     problems = data.find_problems(dataset)
     assert any(re.search(says, f"{p.count} {p.what}") for p in problems), problems
-    assert not any(p.stops for p in problems) and all(p.examples and p.then and p.remedy for p in problems)
+    assert all(p.examples and p.then and p.remedy for p in problems)
     assert len(data.describe_dropped(dataset).splitlines()) == 3
     assert np.isfinite(dataset.boxes.boxes).all() and (dataset.boxes.boxes[:, 2:] > dataset.boxes.boxes[:, :2]).all()
 
@@ -301,8 +285,8 @@ def test_byte_wise_mutations_are_read_or_refused_in_one_sentence(tmp_path):
                 continue
             dataset = CocoDataset(a, tmp_path / "train")
             data.find_problems(dataset)
-            data.describe(dataset, 80, 133, True, 1.5)
-            assert a.first[-1] == len(a.boxes) == len(a.labels) == len(a.areas) and len(a.first) == len(a.image_ids) + 1
+            data.describe(dataset, 80, 133)
+            assert len(a.image) == len(a.boxes) == len(a.labels) == len(a.areas) and not np.any(a.image >= len(a.image_ids))
             assert np.isfinite(dataset.boxes.boxes).all() and (dataset.boxes.boxes[:, 2:] > dataset.boxes.boxes[:, :2]).all()
             assert len(a.labels) == 0 or 0 <= a.labels.min() <= a.labels.max() < len(a.category_ids)
     assert 0.2 * rounds < refused < 0.99 * rounds
@@ -365,11 +349,6 @@ def test_images_that_cannot_be_decoded_are_named_with_the_reason(tmp_path, name,
     assert name in str(error.value) and "\n" not in str(error.value) and ".cpp" not in str(error.value)
 
 
-def test_a_missing_image_is_named(tmp_path):
-    with pytest.raises(DataError, match="gone.jpg: no such image file"):
-        data.load_image(tmp_path / "gone.jpg")
-
-
 def test_damaged_pngs_never_end_the_process(tmp_path):
     random = np.random.default_rng(0)
     for _ in range(200):
@@ -409,9 +388,9 @@ def test_a_file_of_another_size_than_the_json_is_refused_with_both_sizes(tmp_pat
 def test_an_error_in_a_worker_stays_one_sentence(tmp_path, workers):
     dataset = open_good(tmp_path)
     (tmp_path / "train" / "10.png").unlink()
-    loader = data.make_loader(dataset, data.evaluation_batches(dataset.annotations.sizes, 2, 64, 99, True), workers)
+    batches = data.load(dataset, data.evaluation_batches(dataset.annotations.sizes, 2, 64, 99, True), workers, pin_memory=False)
     with pytest.raises(DataError, match="10.png: no such image file") as error:
-        list(loader)
+        list(batches)
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
@@ -438,14 +417,6 @@ def test_a_batch_depends_on_seed_and_step_alone():
     for step in (19, 3, 3, 7, 0, 12):
         assert forward.global_batch(step) == batches[step]
     assert sampler(seed=6).global_batch(0) != batches[0]
-
-
-def test_another_process_draws_the_same_batches():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from data import TrainSampler\n"
-            "s = TrainSampler(np.random.default_rng(1).integers(40, 200, (53, 2)), np.arange(3, 53), 8, 5, (64, 80), 133)\n"
-            "print([s.global_batch(step) for step in (0, 9)])")
-    out = subprocess.run([sys.executable, "-c", code, str(DATA_PY.parent)], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == str([sampler().global_batch(step) for step in (0, 9)])
 
 
 def test_an_epoch_sees_every_image_and_fills_up_with_few_twice():
@@ -506,11 +477,10 @@ def test_the_sides_of_a_canvas_have_few_different_lengths_so_that_few_networks_a
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_shards_part_every_batch_and_keep_its_canvas(world, accumulate):
+def test_processes_share_out_every_batch_and_keep_its_canvas(world, accumulate):
     s, steps = sampler(), range(3, 9)
-    shards = [Shard(s, steps, accumulate, rank, world) for rank in range(world)]
-    parts = [list(shard) for shard in shards]
-    assert {len(p) for p in parts} == {len(shards[0])} == {len(steps) * accumulate}
+    parts = [list(data.shares(s, steps, accumulate, rank, world)) for rank in range(world)]
+    assert {len(p) for p in parts} == {len(steps) * accumulate}
     for n, step in enumerate(steps):
         together = [r for part in range(accumulate) for rank in range(world) for r in parts[rank][n * accumulate + part]]
         assert together == s.global_batch(step)
@@ -529,7 +499,7 @@ def test_a_batch_is_resized_flipped_and_padded_with_zeros(tmp_path):
     dataset = open_good(tmp_path)
     canvas = (160, 128)
     requests = [Request(1, False, (116, 128), canvas), Request(1, True, (58, 64), canvas), Request(2, False, (68, 64), canvas)]
-    batch = dataset.__getitems__(requests)
+    batch = dataset[requests]
     assert batch.images.shape == (3, 3, 160, 128) and batch.images.dtype == torch.uint8
     for image, (h, w) in zip(batch.images, batch.sizes.tolist()):
         assert (image[:, h:] == 0).all() and (image[:, :, w:] == 0).all() and (image[:, :h, :w] > 0).float().mean() > 0.9
@@ -539,21 +509,11 @@ def test_a_batch_is_resized_flipped_and_padded_with_zeros(tmp_path):
     assert torch.equal(batch.images[1, :, :58, :64].flip(2), dataset.image(1))
 
 
-def test_a_flipped_box_holds_the_same_pixels(tmp_path):
-    dataset = open_good(tmp_path)
-    picture = Image.new("RGB", (64, 58))
-    picture.paste("white", (10, 20, 40, 55))
-    picture.save(tmp_path / "train" / "10.png")
-    batch = dataset.__getitems__([Request(1, True, (58, 64), (64, 64))])
-    x0, y0, x1, y1 = batch.boxes[0][0].int().tolist()
-    assert (batch.images[0, :, y0:y1, x0:x1] == 255).all() and batch.images.sum() == 255 * 3 * 30 * 35
-
-
 def test_an_image_without_boxes_has_empty_tensors(tmp_path):
     content = good_content()
     del content["annotations"][2]
     dataset = open_good(tmp_path, content)
-    batch = dataset.__getitems__([Request(0, True, (78, 64), (96, 64))])
+    batch = dataset[[Request(0, True, (78, 64), (96, 64))]]
     assert batch.boxes[0].shape == (0, 4) and batch.labels[0].shape == (0,) and dataset.with_boxes().tolist() == [1, 2, 3]
 
 
@@ -570,8 +530,7 @@ def test_shapes_are_deterministic_and_go_through_the_same_reader(tmp_path):
 
 # --- checking ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("radius", [1.5, None, 0.7])
-def test_counted_locations_are_those_that_assignment_gives(radius):
+def test_counted_locations_are_those_that_assignment_gives():
     random, sizes = np.random.default_rng(3), np.array([[150, 210], [700, 900], [64, 64], [90, 30]])
     boxes, counts = [], [40, 120, 5, 0]
     for (height, width), n in zip(sizes, counts):
@@ -580,14 +539,14 @@ def test_counted_locations_are_those_that_assignment_gives(radius):
         x0y0 = corners[:, 0]
         boxes.append(np.concatenate([x0y0, np.minimum(x0y0 + size, [width, height])], axis=1))
     flat = data.Boxes(np.concatenate([[0], np.cumsum(counts)]), np.concatenate(boxes).astype(np.float32), np.zeros(sum(counts), np.int64))
-    claimed, kept, _ = data.count_locations(flat, sizes, sizes, radius)
+    claimed, kept, _ = data.count_locations(flat, sizes, sizes)
     for i, (height, width) in enumerate(sizes):
         locations = make_locations(int(-(-height // 32) * 32), int(-(-width // 32) * 32))
         mine = torch.from_numpy(flat.boxes[flat.first[i]:flat.first[i + 1]])
-        winners = assign_targets(locations, [mine], [torch.arange(len(mine))], radius).labels[0]
+        winners = assign_targets(locations, [mine], [torch.arange(len(mine))]).labels[0]
         assert torch.bincount(winners[winners >= 0], minlength=len(mine)).tolist() == kept[flat.first[i]:flat.first[i + 1]].tolist()
         for g, box in enumerate(mine):
-            alone = assign_targets(locations, [box[None]], [torch.zeros(1, dtype=torch.int64)], radius).labels
+            alone = assign_targets(locations, [box[None]], [torch.zeros(1, dtype=torch.int64)]).labels
             assert (alone == 0).sum() == claimed[flat.first[i] + g]
     assert (claimed == 0).any() and ((claimed > 0) & (kept == 0)).any()
 
@@ -635,12 +594,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path,
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here, a disk that is always full")
-def test_a_picture_on_a_full_disk_is_an_error_that_says_what_to_do(tmp_path):
-    picture = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
-    data.write_png(picture, tmp_path / "a.png")
-    assert torch.equal(data.load_image(tmp_path / "a.png"), picture)
+def test_a_full_disk_is_an_error_that_says_what_to_do():
     with pytest.raises(OSError) as raised:
-        data.write_png(picture, "/dev/full")
+        PHOTO.save("/dev/full", "PNG")
     assert "No space left on device; free some space and run this again" in data.sentence(raised.value)
     assert data.sentence(DataError("a: b")) == "error: a: b"
 
@@ -651,8 +607,8 @@ def test_train_and_val_are_compared(tmp_path):
     content["categories"][1]["name"] = "wolf"
     val = CocoDataset(read_annotations(write_split(tmp_path, content, "val")), tmp_path / "val")
     (tmp_path / "val" / "20.png").write_bytes((tmp_path / "train" / "20.png").read_bytes())
-    categories, shared = data.compare_splits(train, val, data.check_images(train)[2], data.check_images(val)[2])
-    assert categories.stops and "categories differ" in categories.what and "3 'dog' is in train alone" in categories.examples
+    categories, shared = data.compare_splits((train, data.check_images(train)[2]), (val, data.check_images(val)[2]))
+    assert categories.then is None and "categories differ" in categories.what and "3 'dog' is in train alone" in categories.examples
     assert shared.count == 1 and shared.examples[0].count("20.png") == 2
 
 
@@ -695,5 +651,5 @@ def test_real_data_is_read_whole(name, split, images, boxes, dropped):
         pytest.skip(f"{REAL / name} is not here")
     dataset = data.open_split(str(REAL / name), None, split[:3].replace("tra", "train"))
     assert (len(dataset), len(dataset.annotations.labels), len(dataset.boxes.labels)) == (images, boxes, boxes - dropped)
-    batch = dataset.__getitems__(data.evaluation_batches(dataset.annotations.sizes, 4, 160, 266, True)[0])
+    batch = dataset[data.evaluation_batches(dataset.annotations.sizes, 4, 160, 266, True)[0]]
     assert batch.images.float().std() > 20
