@@ -103,10 +103,7 @@ class Detections(NamedTuple):
 # --- backbone ---------------------------------------------------------------------------------------------------------
 
 class FrozenNormConv2d(nn.Conv2d):
-    """A convolution with the frozen BatchNorm behind it folded in: conv(x, weight * scale) + shift.
-
-    Linear in its weight, it learns exactly as the pair would. `scale` and `shift` are fixed.
-    """
+    """A convolution with the frozen BatchNorm behind it folded in: conv(x, weight * scale) + shift, linear in its weight."""
 
     def __init__(self, conv: nn.Conv2d, norm: torchvision.ops.FrozenBatchNorm2d):
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
@@ -149,10 +146,9 @@ class Backbone(nn.Module):
         if frozen_norm:
             fold_frozen_norms(resnet)
         self.resnet = resnet
-        stages = [(resnet.conv1, resnet.bn1), (resnet.layer1,), (resnet.layer2,), (resnet.layer3,), (resnet.layer4,)]
-        for stage in stages[:config.frozen_stages]:
-            for module in stage:
-                module.requires_grad_(False)
+        stem = nn.ModuleList([resnet.conv1, resnet.bn1])
+        for stage in (stem, resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)[:config.frozen_stages]:
+            stage.requires_grad_(False)
 
     def forward(self, x):
         r = self.resnet
@@ -164,21 +160,23 @@ class Backbone(nn.Module):
 
 def fold_frozen_norms(resnet):
     """Replace every convolution and the frozen BatchNorm behind it by one FrozenNormConv2d, in place."""
-    for module in list(resnet.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Conv2d):
-                norm_name = "1" if name == "0" else name.replace("conv", "bn")  # downsample.0 -> downsample.1
-                setattr(module, name, FrozenNormConv2d(child, getattr(module, norm_name)))
-                setattr(module, norm_name, nn.Identity())
+    for name, norm in list(resnet.named_modules()):
+        if isinstance(norm, torchvision.ops.FrozenBatchNorm2d):
+            resnet.set_submodule(conv_before(name), FrozenNormConv2d(resnet.get_submodule(conv_before(name)), norm))
+            resnet.set_submodule(name, nn.Identity())
+
+
+def conv_before(norm: str) -> str:
+    """The name of the convolution before a norm in a ResNet: conv1 before bn1, downsample.0 before downsample.1."""
+    return re.sub(r"bn(\d)$", r"conv\1", norm).replace("downsample.1", "downsample.0")
 
 
 def load_backbone_weights(resnet, name: str, weights: str):
-    """Fill a torchvision ResNet. `weights`: "none", "imagenet" (downloaded once by torchvision), or a state dict file."""
+    """Fill a torchvision ResNet. `weights`: "none", "imagenet", or a state dict file."""
     if weights == "none":
         return
     if weights == "imagenet":
-        published = torchvision.models.get_model_weights(name)
-        state = download(getattr(published, "IMAGENET1K_V1", published.DEFAULT),
+        state = download(torchvision.models.get_model_weights(name).IMAGENET1K_V1,
                          "give --backbone-weights FILE, or train from random weights with --backbone-weights none")
     else:
         state = load_weights(weights)
@@ -427,17 +425,16 @@ class Detector:
         return found
 
 
-def inference_copy(model: FCOS, dtype=None) -> FCOS:
+def inference_copy(model: FCOS, dtype: torch.dtype) -> FCOS:
     """A copy for inference alone: every frozen BatchNorm multiplied into its convolution, weights in `dtype`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, FrozenNormConv2d):
-                conv = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding,
-                                 child.dilation, child.groups, device=child.weight.device)
-                conv.weight = nn.Parameter(child.folded_weight(), requires_grad=False)
-                conv.bias = nn.Parameter(child.shift, requires_grad=False)
-                setattr(module, name, conv)
+    for name, folded in list(model.named_modules()):
+        if isinstance(folded, FrozenNormConv2d):
+            conv = nn.Conv2d(folded.in_channels, folded.out_channels, folded.kernel_size, folded.stride, folded.padding,
+                             folded.dilation, folded.groups, device=folded.weight.device)
+            conv.weight = nn.Parameter(folded.folded_weight(), requires_grad=False)
+            conv.bias = nn.Parameter(folded.shift, requires_grad=False)
+            model.set_submodule(name, conv)
     for part in (model.backbone, model.fpn, model.head):
         part.to(dtype=dtype)
     return model.to(memory_format=torch.channels_last)
@@ -525,23 +522,19 @@ def load_checkpoint(path) -> dict:
     """A checkpoint: from a file, the newest undamaged one of a run folder, or "torchvision", its published detector."""
     if str(path) == "torchvision":
         return published_checkpoint()
-    candidates = checkpoints_of(path) if Path(path).is_dir() else [Path(path)]
-    if not candidates:
+    files = checkpoints_of(path) if Path(path).is_dir() else [Path(path)]
+    if not files:
         raise ConfigError(f"{path}: no checkpoint-*.pt here; train first, or name another run or file")
-    for file in candidates:
+    for file in files:
         try:
             checkpoint = load_file(file)
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: no such run folder or checkpoint") from None
-        except Exception as error:  # whatever a damaged archive makes the unpickler raise
-            damaged = f"{file}: damaged or not a checkpoint ({type(error).__name__})"
-            if len(candidates) == 1:
-                raise ConfigError(f"{damaged}; name another run or file") from None
-            print(f"{damaged}, passed over", file=sys.stderr, flush=True)
-            continue
-        check_checkpoint(checkpoint, file)
-        return checkpoint
-    raise ConfigError(f"{path}: no undamaged checkpoint; name another run or file")
+            break
+        except ConfigError as error:
+            if file is files[-1]:
+                raise
+            print(f"{error}; passed over", file=sys.stderr, flush=True)
+    check_checkpoint(checkpoint, file)
+    return checkpoint
 
 
 def load_file(path):
@@ -549,13 +542,21 @@ def load_file(path):
 
     Without that a bit that flipped on a disk is another weight, without a word. (Files of before PyTorch 1.6 have no checksums.)
     """
-    with open(path, "rb") as file:
-        if file.read(2) == b"PK":
-            with zipfile.ZipFile(file) as archive:
-                # Of a record with the mark of a folder, which no checksum covers, PyTorch reads nothing and keeps what the memory held.
-                if archive.testzip() or any(record.external_attr & 0x10 for record in archive.infolist()):
-                    raise zipfile.BadZipFile("a record is not as it was written")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                with zipfile.ZipFile(file) as archive:
+                    # Of a record with the mark of a folder, which no checksum covers, PyTorch reads nothing and keeps what the memory held.
+                    if archive.testzip() or any(record.external_attr & 0x10 for record in archive.infolist()):
+                        raise zipfile.BadZipFile("a record is not as it was written")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file or folder") from None
+    except Exception as error:  # whatever a damaged file makes torch raise
+        if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ConfigError(f"{path}: refused, since it holds a Python object ({held[1]}), and loading one can run any code; if you trust "
+                              'its author, save the weights alone: torch.save(torch.load(FILE, weights_only=False)["model"], NEW)') from None
+        raise ConfigError(f"{path}: damaged, or not a file of PyTorch ({type(error).__name__}); name another one") from None
 
 
 def rebuilt(Config, values: dict, source, remedy="use the version of the code that wrote it"):
@@ -604,12 +605,12 @@ def build_detector(checkpoint: dict) -> FCOS:
 
 # --- weights from elsewhere -------------------------------------------------------------------------------------------
 
-COCO = {i: name for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+COCO_CLASSES = {i: name for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
         if name not in ("__background__", "N/A")}  # category id -> name; 80 of 1 .. 90
 IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True)
 CAFFE = dict(stride_in_1x1=True, pixel_mean=(122.7717, 115.9465, 102.9801), pixel_std=(1.0, 1.0, 1.0))
 FORMS = {  # what the weights of a codebase mean, beyond their names and shapes
-    "torchvision": dict(IMPROVED, location_offset=0.0, location_spacing="even", score_threshold=0.2, threshold_on="final"),
+    "torchvision": IMPROVED | dict(location_offset=0.0, location_spacing="even", score_threshold=0.2, threshold_on="final"),
     "fcos_plus": CAFFE,              # FCOS_PLUS, and FCOS as first published (maskrcnn-benchmark)
     "fcos_imprv": CAFFE | IMPROVED,  # FCOS with NORM_REG_TARGETS and CENTERNESS_ON_REG
 }
@@ -631,16 +632,8 @@ RENAMES = (  # applied in this order
 
 
 def load_weights(path) -> dict[str, Tensor]:
-    """The state dict in a file, alone or under "model". Nothing in the file is executed."""
-    try:
-        loaded = load_file(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except Exception as error:  # whatever a damaged file makes torch raise
-        if not (held := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            raise ConfigError(f"{path}: damaged, or not a file of PyTorch ({type(error).__name__})") from None
-        raise ConfigError(f"{path}: refused, since it holds a Python object ({held[1]}), and loading one can run any code; if you trust "
-                          'its author, save the weights alone: torch.save(torch.load(FILE, weights_only=False)["model"], NEW)') from None
+    """The state dict in a file, alone or under "model"."""
+    loaded = load_file(path)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ConfigError(f'{path}: holds no state dict (names and tensors), neither alone nor under "model"')
@@ -659,12 +652,12 @@ def convert(weights: dict[str, Tensor], form: str, source="the weights", **chang
         if not key.endswith("num_batches_tracked"):
             state[key] = value.float()
     for norm in [key.removesuffix(".running_var") for key in state if key.endswith(".running_var")]:
-        conv = re.sub(r"bn(\d)$", r"conv\1", norm).replace("downsample.1", "downsample.0")
         names = [f"{norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
         if len({state[name].shape if name in state else None for name in names}) > 1:
             continue  # not a whole norm: what is left of it fits no model below
         statistics = [state.pop(name) for name in names]
-        state[f"{conv}.scale"], state[f"{conv}.shift"] = scale_and_shift(*statistics, 1e-5 if form == "torchvision" else 0.0)
+        conv, eps = conv_before(norm), 1e-5 if form == "torchvision" else 0.0
+        state[f"{conv}.scale"], state[f"{conv}.shift"] = scale_and_shift(*statistics, eps)
     if form == "torchvision":
         state["scales"] = torch.ones(len(STRIDES))
     elif scales := [state.pop(key) for key in sorted(state) if key.startswith("scales.")]:
@@ -694,7 +687,7 @@ def import_checkpoint(weights: dict[str, Tensor], form: str, categories_file=Non
     config, state = convert(weights, form, source, **changes)
     C, row_is_id = config.num_classes, form == "torchvision"
     first = 0 if row_is_id else 1
-    listed = COCO if C == (91 if row_is_id else 80) else {i: f"class {i}" for i in range(first, first + C)}
+    listed = COCO_CLASSES if C == (91 if row_is_id else 80) else {i: f"class {i}" for i in range(first, first + C)}
     if categories_file:
         try:
             listed = {c["id"]: c["name"] for c in json.loads(Path(categories_file).read_text())["categories"]}
@@ -702,7 +695,8 @@ def import_checkpoint(weights: dict[str, Tensor], form: str, categories_file=Non
             raise ConfigError(f"{categories_file}: no COCO categories can be read from it ({error!r})") from None
     row = {i: i if row_is_id else place for place, i in enumerate(listed)}
     ids = sorted(row)
-    if not ids or (not 0 <= ids[0] <= ids[-1] < C if row_is_id else len(ids) != C):
+    fits = ids and 0 <= ids[0] and ids[-1] < C if row_is_id else len(ids) == C
+    if not fits:
         raise ConfigError(f"{categories_file}: its {len(ids)} categories do not fit the {C} class rows of {source}" +
                           (", where a class is in the row of its category id" if row_is_id else ""))
     for part in ("head.cls_logits.weight", "head.cls_logits.bias"):
@@ -713,7 +707,7 @@ def import_checkpoint(weights: dict[str, Tensor], form: str, categories_file=Non
 
 
 def published_checkpoint() -> dict:
-    """torchvision's detector trained on COCO, downloaded once by torchvision."""
+    """torchvision's detector trained on COCO."""
     entry = FCOS_ResNet50_FPN_Weights.COCO_V1
     weights = download(entry, f"run: python model.py --convert {Path(entry.url).name} --form torchvision --out model.pt")
     return import_checkpoint(weights, "torchvision", source=entry.url)
@@ -745,7 +739,8 @@ def describe(config: ModelConfig, height: int, width: int) -> str:
         lines.append(f"P{number}     {level.stride:6}  {f'{level.height} x {level.width}':<13}  {lowest:.0f} .. {highest:.0f}")
     lines += ["", "part       parameters   learned   GFLOPs (2 per multiply-add)"]
     for name, part in {"backbone": model.backbone, "fpn": model.fpn, "head": model.head, "all": model}.items():
-        total, learned = (sum(p.numel() for p in part.parameters() if p.requires_grad >= only) for only in (False, True))
+        total = sum(p.numel() for p in part.parameters())
+        learned = sum(p.numel() for p in part.parameters() if p.requires_grad)
         flops = sum(counter.get_flop_counts()["FCOS" if part is model else f"FCOS.{name}"].values())
         lines.append(f"{name:<10} {total / 1e6:8.2f} M {learned / 1e6:7.2f} M {flops / 1e9:8.1f}")
     lines += ["", f"training in float32, MiB: weights {4 * total / 2**20:.0f}, gradients and momentum {4 * learned / 2**20:.0f} each;",
@@ -771,9 +766,9 @@ def check(config):
     for f in fields(config):
         value, valid = getattr(config, f.name), f.metadata.get("valid")
         numbers = [v for v in (value if type(value) is tuple else [value]) if type(v) in (int, float)]
-        finite = all(abs(v) < (2**32 if type(v) is int else math.inf) for v in numbers)
+        finite = all(abs(v) < 2**32 if type(v) is int else math.isfinite(v) for v in numbers)
         if not same_type(value, f.default):
-            must = f"be of type {getattr(f.type, '__name__', f.type)}"
+            must = f"be of type {f.type.__name__}"
         elif type(valid) is tuple and value not in valid:
             must = f"be one of {', '.join(valid)}"
         elif numbers and not (finite and LIMITS[valid](*numbers)):
@@ -790,10 +785,10 @@ def same_type(value, default) -> bool:
     return type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
-def add_options(parser, config, without=()):
+def add_options(parser, config):
     """Give argparse an option for every field of a configuration. `given` reads them."""
     for f in fields(config):
-        if f.metadata and f.name not in without:
+        if f.metadata and f.name != "num_classes":  # of which the data decides
             if type(f.default) is bool:
                 kind = {"action": argparse.BooleanOptionalAction}
             elif type(f.metadata["valid"]) is tuple:
@@ -841,6 +836,8 @@ def main():
     elif args.convert:
         if not args.form or not args.out:
             parser.error("--convert needs --form and --out")
+        if "backbone" in changes:
+            parser.error("--convert finds the backbone by itself; leave out --backbone")
         checkpoint = import_checkpoint(load_weights(args.convert), args.form, args.categories, args.convert, **changes)
         write_whole(args.out, lambda file: torch.save(checkpoint, file), "free some space, or name another file with --out")
         names = checkpoint["categories"]["names"]

@@ -462,7 +462,7 @@ def parse_arguments(argv):
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="train nothing; draw the loss and AP curves of these runs")
     parser.add_argument("--skip-eval", action="store_true", help="do not evaluate, neither on the way nor after training")
     add_options(parser.add_argument_group("training"), config)
-    add_options(parser.add_argument_group("model"), config.model, without=("num_classes",))
+    add_options(parser.add_argument_group("model"), config.model)
     args = parser.parse_args(argv)
     of_training, of_model = given(args, config), given(args, config.model)
     if of_training.get("data", "shapes") != "shapes":

@@ -309,17 +309,6 @@ def test_prediction_reports_bad_files_does_the_others_and_exits_non_zero(tmp_pat
                      "turned.jpg": (30, 40)}
 
 
-def test_a_checkpoint_with_a_flipped_bit_among_its_weights_is_passed_over(tmp_path, capsys):
-    older, newest = (save_detector(tmp_path / f"checkpoint-000000{step}.pt") for step in (1, 2))
-    scales = torch.load(newest, weights_only=True)["model"]["scales"].numpy().tobytes()
-    content = bytearray(newest.read_bytes())
-    content[content.index(scales)] ^= 1
-    newest.write_bytes(content)
-    assert torch.load(newest, weights_only=True)["model"]["scales"][0] != 1  # PyTorch does not notice
-    assert load_checkpoint(tmp_path)["model"]["scales"].tolist() == [1] * 5
-    assert f"{newest}: damaged" in capsys.readouterr().err and older.exists()
-
-
 @pytest.mark.parametrize("change, says", [
     (lambda c: c.pop("format"), "not a checkpoint of this version of the code .format None, not 1.; use the version.*--convert"),
     (lambda c: c.update(format=2), "not a checkpoint of this version of the code .format 2, not 1."),
@@ -363,9 +352,9 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_detection(shapes, t
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (["nowhere"], "nowhere: no such run folder or checkpoint"),
+    (["nowhere"], "nowhere: no such file or folder"),
     (["tests"], "tests: no checkpoint-*.pt here"),
-    (["Makefile"], "error: Makefile: damaged or not a checkpoint (UnpicklingError); name another run or file"),
+    (["Makefile"], "error: Makefile: damaged, or not a file of PyTorch (UnpicklingError); name another one"),
     (["tests", "--batch-size", "0"], "--batch-size must be >= 1"),
 ])
 def test_wrong_options_end_in_one_sentence(options, sentence):

@@ -455,8 +455,8 @@ def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options, sentence", [
     (["fcos_R_50_FPN_1x"], "no data set; name a COCO-format folder with DATA="),
     (["demo", "--data", "nowhere"], "nowhere/annotations: no such folder"),
-    (["demo", "--resume"], "run: no such run folder or checkpoint"),
-    (["demo", "--init-from", "nothing.pt"], "nothing.pt: no such run folder or checkpoint"),
+    (["demo", "--resume"], "run: no such file or folder"),
+    (["demo", "--init-from", "nothing.pt"], "nothing.pt: no such file or folder"),
     (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
     (["demo", "--box-loss", "nonsense"], "invalid choice: 'nonsense'"),
     (["demo", "--batch-size", "many"], "invalid int value: 'many'"),
