@@ -53,6 +53,8 @@ class Results(NamedTuple):
     labels: np.ndarray     # (K,) index in the detector's categories
 
 
+NOTHING = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
 # --- detection over a data set ----------------------------------------------------------------------------------------
 
 def join_process_group() -> torch.device:
@@ -78,28 +80,25 @@ def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_worke
     """Detections in every image of a data set; in a process group shared out, and returned to rank 0 alone."""
     rank, world = rank_and_world()
     config, sizes, image_ids = detector.config, dataset.annotations.sizes, dataset.annotations.image_ids
-    alone = range(rank, len(dataset), world)
     batches = data.evaluation_batches(sizes, batch_size, config.short_side, config.long_side, config.enlarge)[rank::world]
 
-    def one_by_one():
-        for index in alone:
-            yield [(index, detect_in_image(detector, dataset.image(index), tta))]
-
-    def in_batches():
+    def detections():
+        """Of one image after another: its index, and the objects in its own pixels."""
+        if tta:
+            for request in itertools.chain(*batches):
+                yield request.index, detect_in_image(detector, dataset.image(request.index), tta)
+            return
         for batch in data.load(dataset, batches, num_workers, pin_memory=detector.device.type == "cuda"):
-            found = detector(batch.images, batch.sizes)
-            yield [(index, d._replace(boxes=d.boxes * ratio(sizes[index], size)))
-                   for index, size, d in zip(batch.indices.tolist(), batch.sizes.tolist(), found)]
+            for index, size, d in zip(batch.indices.tolist(), batch.sizes.tolist(), detector(batch.images, batch.sizes)):
+                yield index, d._replace(boxes=d.boxes * ratio(sizes[index], size))
 
-    found, done, start = [], 0, time.time()
-    share = len(alone) if tta else sum(map(len, batches))
-    for several in one_by_one() if tta else in_batches():
-        found += [Results(np.full(len(d.scores), image_ids[index]), *(x.numpy() for x in d)) for index, d in several]
-        done += len(several)
+    found, share, start = [NOTHING], sum(map(len, batches)), time.time()
+    for done, (index, d) in enumerate(detections(), start=1):
+        found.append(Results(np.full(len(d.scores), image_ids[index]), *(x.numpy() for x in d)))
         if rank == 0:
-            show_progress(f"evaluating: {done} of {share} images" + " of this process" * (world > 1), done >= share, start)
-    nothing = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    results = Results(*(np.concatenate(part) for part in zip(nothing, *found)))
+            text = f"evaluating: {done} of {share} images{' of this process' * (world > 1)}, {time.time() - start:.0f} s"
+            show_progress(text, last=done == share)
+    results = Results(*(np.concatenate(part) for part in zip(*found)))
     if world == 1:
         return results
     gathered = [None] * world if rank == 0 else None
@@ -136,9 +135,8 @@ def ratio(size, before) -> Tensor:
     return torch.tensor([size[1] / before[1], size[0] / before[0]]).repeat(2)
 
 
-def show_progress(text, last, start):
+def show_progress(text, last):
     """In a terminal a line that rewrites itself; in a file only the last."""
-    text = f"{text}, {time.time() - start:.0f} s"
     if sys.stdout.isatty():
         print(f"\r{text}\x1b[K", end="\n" if last else "", flush=True)
     elif last:
@@ -149,26 +147,15 @@ def show_progress(text, last, start):
 
 def coco_evaluation(annotations: Annotations, results: Results) -> COCOeval:
     """pycocotools' verdict on detections. Annotations are numbered from 1 here: an id of 0 would never match."""
-    a = annotations
-    images = [{"id": i} for i in a.image_ids.tolist()]
-    categories = [{"id": i} for i in a.category_ids]
-    category_ids = np.array(a.category_ids)
-
-    def index(image_ids, labels, boxes, areas, **more):
-        rows = zip(image_ids.tolist(), category_ids[labels].tolist(), to_xywh(boxes).tolist(), areas.tolist(),
-                   *(column.tolist() for column in more.values()))
-        coco = COCO()
-        coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": [
-            dict(id=n, image_id=i, category_id=c, bbox=box, area=area, iscrowd=0) | dict(zip(more, extra))
-            for n, (i, c, box, area, *extra) in enumerate(rows, start=1)]}
-        coco.createIndex()
-        return coco
-
-    with contextlib.redirect_stdout(io.StringIO()):  # COCOeval narrates
-        truth = index(a.image_ids[a.image], a.labels, a.boxes, a.areas, iscrowd=a.crowd.astype(int))
-        wh = results.boxes[:, 2:] - results.boxes[:, :2]
-        found = index(results.image_ids, results.labels, results.boxes, wh.prod(axis=1), score=results.scores)
-        evaluation = COCOeval(truth, found, "bbox")
+    a, truth, found = annotations, COCO(), coco_results(results, annotations.category_ids)
+    columns = (a.image_ids[a.image], np.array(a.category_ids)[a.labels], to_xywh(a.boxes), a.areas, a.crowd.astype(int))
+    rows = zip(*(column.tolist() for column in columns))
+    truth.dataset = {"info": {}, "images": [{"id": i} for i in a.image_ids.tolist()], "categories": [{"id": i} for i in a.category_ids],
+                     "annotations": [dict(id=n, image_id=image, category_id=category, bbox=box, area=area, iscrowd=crowd)
+                                     for n, (image, category, box, area, crowd) in enumerate(rows, start=1)]}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools narrates
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), "bbox")  # loadRes refuses an empty list
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -181,13 +168,9 @@ def coco_metrics(evaluation: COCOeval, annotations: Annotations, results: Result
     precision = evaluation.eval["precision"][..., 0, -1]  # (10 thresholds, 101 recalls, C); all areas, 100 detections
     for label, name in enumerate(a.category_names):
         of_class = precision[:, :, label]
-        classes.append({"name": name, "AP": _mean(of_class), "AP50": _mean(of_class[0]),
+        classes.append({"name": name, "AP": float(of_class.mean()), "AP50": float(of_class[0].mean()),
                         "boxes": int((a.labels[~a.crowd] == label).sum()), "detections": int((results.labels == label).sum())})
     return {"figures": dict(zip(FIGURES, evaluation.stats.tolist())), "classes": classes}
-
-
-def _mean(precision):
-    return float(precision.mean()) if (precision > -1).all() else -1.0
 
 
 def to_xywh(boxes):
@@ -196,17 +179,16 @@ def to_xywh(boxes):
 
 def coco_results(results: Results, category_ids) -> list[dict]:
     """Detections in the COCO results format."""
-    return [dict(image_id=int(i), category_id=category_ids[label], bbox=[round(x, 2) for x in box], score=round(score, 5))
-            for i, label, box, score in zip(results.image_ids, results.labels, to_xywh(results.boxes).tolist(),
+    return [dict(image_id=i, category_id=category_ids[label], bbox=box, score=score)
+            for i, label, box, score in zip(results.image_ids.tolist(), results.labels.tolist(), to_xywh(results.boxes).tolist(),
                                             results.scores.tolist())]
 
 
 def explain(metrics: dict, annotations: Annotations, results: Results) -> list[str]:
     """Why a figure is -1 or 0: a sentence for each such figure."""
-    a = annotations
-    boxes = int((~a.crowd).sum())
+    boxes = (~annotations.crowd).sum()
     if boxes == 0:
-        return [f"every figure is -1: {a.path} has no boxes (crowds aside) to find"]
+        return []  # told before
     if len(results.scores) == 0:
         return [f"every figure is 0: not one detection scored above the threshold, against {boxes} true boxes; the detector has "
                 "learned too little (train longer), or the score threshold in its configuration is too high"]
@@ -241,7 +223,7 @@ def print_metrics(metrics):
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#800000", "#808000")
 
 
-def draw(image, boxes, labels, scores, names, truth=None, side=320):
+def draw(image, boxes, labels, scores, names, side, truth=()):
     """An image (3, h, w) uint8, its long side enlarged or reduced to `side`, with its detections and true boxes (white)."""
     scale = side / max(image.shape[1:])
     height, width = (max(1, round(s * scale)) for s in image.shape[1:])
@@ -251,7 +233,7 @@ def draw(image, boxes, labels, scores, names, truth=None, side=320):
         boxes = torch.as_tensor(boxes, dtype=torch.float32) * scale
         return torch.minimum(boxes.clamp(min=0), torch.tensor([width - 1.0, height - 1.0]).repeat(2))
 
-    if truth is not None and len(truth):
+    if len(truth):
         image = draw_bounding_boxes(image, on_image(truth), colors="white", width=1)
     if len(boxes):
         boxes, labels, scores = boxes[::-1].copy(), labels[::-1], scores[::-1]  # the best on top
@@ -264,20 +246,20 @@ def confident(config: ModelConfig) -> float:
     return 0.3 ** 0.5 if config.sqrt_score else 0.3
 
 
-def draw_grid(path, dataset: CocoDataset, results: Results, names, score, indices, captions=None, columns=4, side=320):
+def draw_grid(path, dataset: CocoDataset, results: Results, names, score, indices, captions=()):
     """Write a grid of images with their detections above `score`, their true boxes (white), and a caption each."""
-    tiles, font = [], ImageFont.load_default(15)
+    tiles, font, side = [], ImageFont.load_default(15), 320
     for n, i in enumerate(indices):
         mine = (results.image_ids == dataset.annotations.image_ids[i]) & (results.scores >= score)
         first, last = dataset.boxes.first[i:i + 2]
         picture = draw(dataset.image(i), results.boxes[mine], results.labels[mine].tolist(),
-                       results.scores[mine].tolist(), names, truth=dataset.boxes.boxes[first:last], side=side)
+                       results.scores[mine].tolist(), names, side, truth=dataset.boxes.boxes[first:last])
         tile = Image.new("RGB", (side, side + 22 * bool(captions)), "white")
         tile.paste(transforms.to_pil_image(picture))
         if captions:
             ImageDraw.Draw(tile).text((2, picture.shape[1] + 2), captions[n], fill="black", font=font)
         tiles.append(transforms.pil_to_tensor(tile))
-    transforms.to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=255)).save(path)
+    transforms.to_pil_image(make_grid(tiles, nrow=4, padding=6, pad_value=255)).save(path)
 
 
 def draw_verdicts(out: Path, evaluation: COCOeval, dataset: CocoDataset, results: Results, names, score, count=8):
@@ -311,20 +293,20 @@ def draw_verdicts(out: Path, evaluation: COCOeval, dataset: CocoDataset, results
 def draw_precision_recall(path, evaluation: COCOeval, metrics: dict):
     """Write a picture of precision against recall: the mean over classes at several IoUs, and each class at 0.5."""
     precision = evaluation.eval["precision"][..., 0, -1]                # (10 thresholds, 101 recalls, C)
-    recall, known = evaluation.params.recThrs, (precision > -1).all(axis=(0, 1))
-    if not known.any():
+    recall, classes = evaluation.params.recThrs, metrics["classes"]
+    known = sorted((k for k, c in enumerate(classes) if c["AP"] > -1), key=lambda k: -classes[k]["AP50"])
+    if not known:
         return
     by_iou = {f"IoU {evaluation.params.iouThrs[t]:.2f}": (recall, precision[t][:, known].mean(axis=1)) for t in (0, 2, 4, 6, 8)}
-    classes = sorted((c for c in zip(metrics["classes"], precision[0].T) if c[0]["AP"] > -1), key=lambda c: -c[0]["AP50"])
-    shown = classes if len(classes) <= 10 else classes[:5] + classes[-5:]
-    by_class = {f"{c['name'][:14]} {c['AP50']:.2f}": (recall, of_class) for c, of_class in shown}
+    shown = known if len(known) <= 10 else known[:5] + known[-5:]
+    by_class = {f"{classes[k]['name'][:14]} {classes[k]['AP50']:.2f}": (recall, precision[0, :, k]) for k in shown}
     draw_curves(path, [("precision against recall, mean over classes", "recall", by_iou),
-                       ("IoU 0.5, by class" + ": best and worst 5" * (len(classes) > 10), "recall", by_class)])
+                       ("IoU 0.5, by class" + ": best and worst 5" * (len(known) > 10), "recall", by_class)])
 
 
-def draw_curves(path, panels, width=600, height=340):
+def draw_curves(path, panels):
     """Write line charts side by side. `panels`: (title, name of x, {name of a curve: (x values, y values)})."""
-    big = 2  # drawn twice as large and reduced: smooth lines
+    width, height, big = 600, 340, 2  # drawn twice as large and reduced: smooth lines
     picture = Image.new("RGB", (big * width * len(panels), big * height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13 * big)
     for n, (title, x_name, curves) in enumerate(panels):
@@ -355,9 +337,8 @@ def draw_curves(path, panels, width=600, height=340):
 
 
 def ticks(values) -> np.ndarray:
-    """Round numbers, 4 to 11 of them, that enclose the finite values."""
-    values = np.asarray(values)[np.isfinite(values)]
-    low, high = (values.min(), values.max()) if len(values) else (0, 1)
+    """Round numbers, 4 to 11 of them, that enclose the values."""
+    low, high = np.min(values), np.max(values)
     high = high if high > low else low + 1
     step = 10 ** np.floor(np.log10(high - low))
     step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1, 2) if (high - low) / (step * part) <= 8)
@@ -382,17 +363,18 @@ def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out=Non
     """
     annotations, names = dataset.annotations, categories["names"]
     check_categories(annotations, **categories)
+    if out and annotations.crowd.all() and rank_and_world()[0] == 0:
+        print(f"every figure will be -1: {annotations.path} has no boxes (crowds aside) to find", flush=True)
     results = detect_all(detector, dataset, **options)
     if results is None:
         return None
-    ids = annotations.annotation_ids
-    if len(np.unique(ids)) < len(ids) or (ids < 1).any():
-        print(f"{annotations.path}: some annotation ids are missing, below 1, or there twice; numbered anew for this evaluation")
     evaluation = coco_evaluation(annotations, results)
     metrics = coco_metrics(evaluation, annotations, results)
     if out is None:
         return metrics
-    out = Path(out)
+    out, ids = Path(out), annotations.annotation_ids
+    if len(np.unique(ids)) < len(ids) or (ids < 1).any():
+        print(f"{annotations.path}: some annotation ids are missing, below 1, or there twice; numbered anew for this evaluation")
     print_metrics(metrics)
     for sentence in explain(metrics, annotations, results):
         print(sentence, flush=True)
@@ -428,12 +410,15 @@ def predict(detector: Detector, paths: list[Path], names: list[str], out, tta=Fa
         boxes, scores, labels = (x.numpy() for x in detect_in_image(detector, image, tta))
         keep = scores >= confident(detector.config)
         boxes, scores, labels = boxes[keep], scores[keep].tolist(), labels[keep].tolist()
-        picture = next(name for n in itertools.count(1) if (name := f"{path.stem}{f'-{n}' * (n > 1)}.png") not in used)
+        picture, n = f"{path.stem}.png", 1
+        while picture in used:
+            n += 1
+            picture = f"{path.stem}-{n}.png"
         used.add(picture)
         found.append({"file": str(path), "picture": picture, "width": image.shape[2], "height": image.shape[1], "detections": [
             {"bbox": [round(x, 2) for x in box], "score": round(score, 5), "category": names[label]}
             for box, score, label in zip(to_xywh(boxes).tolist(), scores, labels)]})
-        transforms.to_pil_image(draw(image, boxes, labels, scores, names, side=max(image.shape[1:]))).save(out / picture)
+        transforms.to_pil_image(draw(image, boxes, labels, scores, names, max(image.shape[1:]))).save(out / picture)
         print(f"{path}: {len(boxes)} objects", flush=True)
     (out / "detections.json").write_text(json.dumps(found, indent=1))
     print(f"pictures and detections.json in {out}", flush=True)

@@ -86,6 +86,9 @@ class ModelConfig:
         check(self)
 
 
+IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True)  # of the second paper
+
+
 class Outputs(NamedTuple):
     """What the network says at every location."""
     logits: Tensor      # (N, L, C)
@@ -607,7 +610,6 @@ def build_detector(checkpoint: dict) -> FCOS:
 
 COCO_CLASSES = {i: name for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
         if name not in ("__background__", "N/A")}  # category id -> name; 80 of 1 .. 90
-IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True)
 CAFFE = dict(stride_in_1x1=True, pixel_mean=(122.7717, 115.9465, 102.9801), pixel_std=(1.0, 1.0, 1.0))
 FORMS = {  # what the weights of a codebase mean, beyond their names and shapes
     "torchvision": IMPROVED | dict(location_offset=0.0, location_spacing="even", score_threshold=0.2, threshold_on="final"),

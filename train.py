@@ -42,7 +42,7 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import (CHECKPOINT_FORMAT, FCOS, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of, dtype_of,
+from model import (CHECKPOINT_FORMAT, FCOS, IMPROVED, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of, dtype_of,
                    given, load_checkpoint, option, rebuilt, write_whole)
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class TrainConfig:
     canvas_sides: int = option(4, "lengths that the side of a batch may be padded to; few, as each shape is compiled; 0: any multiple of 32")
     precision: str = option("auto", "of the network; auto: bf16 where the hardware has it. Losses are always fp32", ("auto", "bf16", "fp32"))
     compile: str = option("auto", "torch.compile the network; auto: on a GPU", ("auto", "on", "off"))
-    # in what portions; nothing from here on changes what is learned
+    # in what portions, and what is told and kept: see RESUMABLE
     images_per_gpu: int = option(0, "most images at once on a device, the rest is accumulated; 0: any")
     accumulate: int = option(0, "portions of a process's share of the batch; 0: as few as --images-per-gpu allows")
     num_workers: int = option(2, "data loading processes per training process; 0: none")
@@ -97,15 +97,14 @@ RESUMABLE = {"data", "images_per_gpu", "accumulate", "num_workers", "log_every",
 
 fcos_R_50_FPN_1x = TrainConfig()
 center = dict(center_radius=1.5)
-improved = dict(centerness_on_box_tower=True, box_unit="stride", sqrt_score=True)
 fcos_R_50_FPN_1x_center = replace(fcos_R_50_FPN_1x, **center)
 fcos_R_101_FPN_2x = replace(fcos_R_50_FPN_1x, model=ModelConfig(backbone="resnet101"), steps=180_000, train_short_sides=(640, 800))
-fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou", model=ModelConfig(**improved))
+fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou", model=ModelConfig(**IMPROVED))
 PRESETS = {
     # Small enough for two CPU cores. It learns from random weights, hence GroupNorm, nothing frozen, and AdamW.
     "demo": TrainConfig(
         model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
-                          short_side=280, long_side=440, enlarge=False, **improved),
+                          short_side=280, long_side=440, enlarge=False, **IMPROVED),
         data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
         lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0,
         num_workers=0, eval_every=200),
@@ -116,7 +115,7 @@ PRESETS = {
     "fcos_R_101_FPN_2x": fcos_R_101_FPN_2x,
     "fcos_R_101_FPN_2x_center_giou": replace(fcos_R_101_FPN_2x, **center, box_loss="giou"),
     "fcos_imprv_R_50_FPN_1x": fcos_imprv_R_50_FPN_1x,
-    "fcos_imprv_R_101_FPN_2x": replace(fcos_imprv_R_50_FPN_1x, model=ModelConfig(backbone="resnet101", **improved),
+    "fcos_imprv_R_101_FPN_2x": replace(fcos_imprv_R_50_FPN_1x, model=ModelConfig(backbone="resnet101", **IMPROVED),
                                        steps=180_000, train_short_sides=(640, 800)),
 }
 
@@ -142,8 +141,8 @@ def save_checkpoint(run: Path, checkpoint: dict):
 
 
 def config_from(checkpoint: dict, source) -> TrainConfig:
-    config = checkpoint["config"]
-    return rebuilt(TrainConfig, config | {"model": rebuilt(ModelConfig, config["model"], source)}, source,
+    values = checkpoint["config"] | {"model": ModelConfig(**checkpoint["config"]["model"])}
+    return rebuilt(TrainConfig, values, source,
                    "go on with the version of the code that wrote it, or start another run from its weights with --init-from")
 
 
@@ -163,8 +162,6 @@ def init_from(model, path, categories: dict):
     if checkpoint["categories"]["names"] != categories["names"]:
         taken = {key: value for key, value in taken.items() if not key.startswith("head.cls_logits")}
     fresh = sorted(ours.keys() - taken.keys())
-    if not taken:
-        raise DataError(f"{path}: no weight fits this model")
     model.load_state_dict(taken, strict=False)
     say(f"{path}: took {len(taken)} of {len(ours)} tensors; fresh: {', '.join(fresh) or 'none'}")
 
@@ -173,7 +170,7 @@ def init_from(model, path, categories: dict):
 
 def say(text):
     """Print, in one process of many."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if evaluate.rank_and_world()[0] == 0:
         print(text, flush=True)
 
 
@@ -184,9 +181,8 @@ class Progress:
         self.path, self.config = run / "metrics.jsonl", config
         if self.path.exists():  # leave out what a killed run did after its last checkpoint
             kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
-            unfinished = self.path.with_suffix(".part")
-            unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            unfinished.replace(self.path)
+            text = "".join(json.dumps(entry) + "\n" for entry in kept)
+            write_whole(self.path, lambda file: file.write(text.encode()), "free some space and go on with --resume")
         self.start = self.last = time.time()
         self.first_step = self.last_step = first_step
         self.data_wait = 0.0
@@ -202,8 +198,7 @@ class Progress:
         text = (f"step {step}/{self.config.steps} | loss {sum(losses.values()):.4f} {terms} | lr {lr:.5f} | "
                 f"{images_per_second:.1f} images/s, waiting for data {self.data_wait / seconds:.0%} | {peak / 2**30:.1f} GB | "
                 f"{left // 60:.0f} min {left % 60:02.0f} s left")
-        print(f"\r{text}\x1b[K" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and step < self.config.steps else "\n",
-              flush=True)
+        evaluate.show_progress(text, last=step == self.config.steps or not sys.stdout.isatty())
         self.write({"step": step, **losses, "lr": lr, "images_per_second": round(images_per_second, 2)})
         self.last, self.last_step, self.data_wait = now, step, 0.0
 
@@ -218,6 +213,9 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
+
+REMEDY = "start another run with a lower --lr, from the last good weights with --init-from {run}"  # of numbers that are not finite
+
 
 def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     """Biases learn at twice the rate and do not decay."""
@@ -286,8 +284,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     if config.epochs > 0:
         config = replace(config, steps=max(1, min(config.steps, round(config.epochs * len(images) / config.batch_size))))
     share = config.batch_size // world
-    accumulate = config.accumulate or min((a for a in range(1, share + 1) if share % a == 0 and
-                                           share // a <= (config.images_per_gpu or share)), default=1)
+    most = config.images_per_gpu or share
+    accumulate = config.accumulate or next((a for a in range(1, share + 1) if share % a == 0 and share // a <= most), 1)
     if config.batch_size % (world * accumulate):
         raise ConfigError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} processes x {accumulate} "
                           "accumulation steps; change --batch-size, --accumulate or --images-per-gpu")
@@ -299,7 +297,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     # model and optimizer
     torch.manual_seed(config.seed)
     model = FCOS(config.model, config.backbone_weights if not resume else "none")
-    if init_file:
+    if init_file and not resume:
         init_from(model, init_file, categories)
     model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
@@ -344,8 +342,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         started, out = time.time(), run if step == config.steps else None  # the report is of the end
         metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out, num_workers=config.num_workers)
         if progress:
-            figures, recorded = metrics["figures"], read_metrics(run)
-            if {"step": step, **figures} not in recorded:
+            figures = metrics["figures"]
+            if not any("AP" in entry and entry["step"] == step for entry in read_metrics(run)):
                 progress.write({"step": step, **figures})
             if not out:
                 say(f"step {step}/{config.steps} | " + " ".join(f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75")))
@@ -391,8 +389,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         *read, (stop, *_) = read.tolist()
         for earlier, values in enumerate(read, start=done - len(unread)):
             if not all(map(math.isfinite, values)):
-                stop_at_non_finite(run, rank, earlier, dict(zip(TERMS, values)), lr_at(earlier, config), annotations.image_ids[
-                    [request.index for request in sampler.global_batch(earlier)]].tolist())
+                image_ids = annotations.image_ids[[request.index for request in sampler.global_batch(earlier)]].tolist()
+                stop_at_non_finite(run, rank, earlier, dict(zip(TERMS, values)), lr_at(earlier, config), image_ids)
             recent.append(values)
         unread.clear()
         if rank == 0:
@@ -415,9 +413,6 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         evaluate_step(config.steps)
 
 
-REMEDY = "start another run with a lower --lr, from the last good weights with --init-from {run}"
-
-
 def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
     """End all processes at the first loss that is not finite; the checkpoint before it stays."""
     if rank == 0:
@@ -429,16 +424,18 @@ def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
 
 def plot(runs: list[str]):
     """Draw the loss and the AP of one or more runs over one another, to runs/curves.png."""
-    loss, ap = {}, {}
+    panels = {"loss": {}, "AP": {}}  # title -> run -> steps and values
     for run in runs:
         file = Path(run) / "metrics.jsonl"
         if not file.exists():
-            raise DataError(f"{file}: no such file; name folders of runs, such as {' '.join(map(str, Path('runs').glob('*/'))) or 'runs/demo'}")
+            raise DataError(f"{file}: no such file; name folders of runs, such as runs/demo")
         entries = read_metrics(Path(run))
-        loss[str(run)] = list(zip(*[(entry["step"], sum(entry[name] for name in TERMS)) for entry in entries if "cls" in entry]))
-        ap[str(run)] = list(zip(*[(entry["step"], entry["AP"]) for entry in entries if "AP" in entry]))
-    panels = [(title, "step", {run: curve for run, curve in curves.items() if curve}) for title, curves in (("loss", loss), ("AP", ap))]
-    panels = [panel for panel in panels if panel[2]]
+        points = {"loss": [(entry["step"], sum(entry[name] for name in TERMS)) for entry in entries if "cls" in entry],
+                  "AP": [(entry["step"], entry["AP"]) for entry in entries if "AP" in entry]}
+        for title, curve in points.items():
+            if curve:
+                panels[title][str(run)] = list(zip(*curve))
+    panels = [(title, "step", curves) for title, curves in panels.items() if curves]
     if not panels:
         raise DataError(f"{', '.join(map(str, runs))}: nothing was reported yet; --log-every says when it is")
     Path("runs").mkdir(exist_ok=True)
@@ -457,8 +454,9 @@ def parse_arguments(argv):
     config = PRESETS[name]
     parser = argparse.ArgumentParser(prog=f"train.py {name}", description=f"Presets: {', '.join(PRESETS)}.")
     parser.add_argument("--run-dir", dest="run", help=f"folder of the run (default: runs/{name})", default=f"runs/{name}")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN, with its configuration")
-    parser.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN, with its configuration")
+    begin.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="train nothing; draw the loss and AP curves of these runs")
     parser.add_argument("--skip-eval", action="store_true", help="do not evaluate, neither on the way nor after training")
     add_options(parser.add_argument_group("training"), config)

@@ -459,6 +459,7 @@ def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path, monkeypatch):
     (["demo", "--init-from", "nothing.pt"], "nothing.pt: no such file or folder"),
     (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
     (["demo", "--box-loss", "nonsense"], "invalid choice: 'nonsense'"),
+    (["demo", "--resume", "--init-from", "runs/other"], "argument --init-from: not allowed with argument --resume"),
     (["demo", "--batch-size", "many"], "invalid int value: 'many'"),
     (["demo", "--center-radius", "many"], "invalid float value: 'many'"),
     (["demo", "--train-short-sides", "800", "640"], "--train-short-sides (800, 640): must be >= 1, lower first"),
