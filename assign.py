@@ -143,8 +143,8 @@ def _window(centres, lower, upper, start, end, stride, extent, lowest, highest):
     an end. The maximum over both axes is in the size range iff both fit and one is far.
     """
     cells = len(centres) if math.isinf(extent) else min(len(centres), math.ceil(extent) + 1)
-    begin = (torch.maximum(lower, end - highest) - centres[0]) / stride                    # (B,) in cells
-    first = begin.floor().clamp(0, len(centres) - cells).long()                      # (B,)
+    begin = (torch.maximum(lower, end - highest) - centres[0]) / stride                     # (B,) in cells
+    first = begin.floor().clamp(0, len(centres) - cells).long()                            # (B,)
     cell = first[:, None] + torch.arange(cells, device=first.device)                       # (B, V)
     centre = centres[cell]
     inside = (centre > lower[:, None]) & (centre < upper[:, None])
@@ -166,24 +166,23 @@ def example() -> tuple[Image.Image, Tensor]:
     return image, torch.tensor(boxes).float()
 
 
-def read(folder: Path, split: str, image_id: int | None) -> tuple[Image.Image, Tensor]:
-    """An image of a COCO-format data set (None: its first one) and the boxes to learn (G, 4)."""
-    found = sorted((folder / "annotations").glob(f"instances_{split}.json"))
-    if not found:
-        raise ValueError(f"{folder}: no annotations/instances_{split}.json; name another with --split")
-    content, split = json.loads(found[0].read_text()), found[0].stem.removeprefix("instances_")
-    entry = next((image for image in content["images"] if image_id in (None, image["id"])), None)
-    if entry is None:
-        raise ValueError(f"{folder}: split {split} has no image {image_id}")
-    boxes = [(x, y, x + w, y + h) for a in content["annotations"] for x, y, w, h in [a["bbox"]]
-             if a["image_id"] == entry["id"] and not a.get("iscrowd") and w > 0 and h > 0]
-    images = folder / split if (folder / split).is_dir() else folder / "images" / split
-    return Image.open(images / entry["file_name"]).convert("RGB"), torch.tensor(boxes).view(-1, 4).float()
+def read(folder: Path, image_id: int | None) -> tuple[Image.Image, Tensor]:
+    """An image of a COCO-format data set (None: its first one), sought in val before train, and the boxes to learn (G, 4)."""
+    for file in sorted((folder / "annotations").glob("instances_*.json"), reverse=True):
+        content, split = json.loads(file.read_text()), file.stem.removeprefix("instances_")
+        images = folder / split if (folder / split).is_dir() else folder / "images" / split
+        for entry in content["images"]:
+            if image_id in (None, entry["id"]):
+                boxes = [(x, y, x + w, y + h) for a in content["annotations"] for x, y, w, h in [a["bbox"]]
+                         if a["image_id"] == entry["id"] and not a.get("iscrowd") and w > 0 and h > 0]
+                return Image.open(images / entry["file_name"]).convert("RGB"), torch.tensor(boxes).view(-1, 4).float()
+    raise ValueError(f"{folder}/annotations/instances_*.json: no image{'' if image_id is None else f' {image_id}'}")
 
 
-def draw(image, boxes, locations: Locations, columns: dict[str, Targets], width=480) -> Image.Image:
+def draw(image, boxes, locations: Locations, columns: dict[str, Targets]) -> Image.Image:
     """A row for each level that learns, a column for each of the targets, whose labels are indices of boxes. A positive
     location is drawn as its cell, in the colour of its box, and the paler the lower its centerness target (loss.py)."""
+    width = 480
     scale, height = width / image.width, round(width * image.height / image.width)
     pale = Image.blend(image.resize((width, height)), Image.new("RGB", (width, height), "white"), 0.7)
     learns = torch.stack([targets.labels[0] >= 0 for targets in columns.values()]).any(0)  # (L,)
@@ -198,9 +197,9 @@ def draw(image, boxes, locations: Locations, columns: dict[str, Targets], width=
             centerness = (torch.minimum(lt, rb) / torch.maximum(lt, rb)).prod(1).sqrt()    # (K,)
             corner, side = (locations.xy[here] - stride / 2) * scale, max(0, stride * scale - 2)  # (K, 2), a gap between cells
             for (x, y), g, c in zip(corner.tolist(), targets.labels[0, here].tolist(), centerness.tolist()):
-                pen.rectangle((x, y, x + side, y + side), ImageColor.getrgb(COLOURS[g % 6]) + (round(40 + 215 * c),))
+                pen.rectangle((x, y, x + side, y + side), ImageColor.getrgb(COLOURS[g % len(COLOURS)]) + (round(40 + 215 * c),))
             for g, box in enumerate((boxes * scale).tolist()):
-                pen.rectangle(box, outline=COLOURS[g % 6], width=2)
+                pen.rectangle(box, outline=COLOURS[g % len(COLOURS)], width=2)
             left, top = column * (width + 12), row * (height + 34) + 24
             picture.paste(panel, (left, top))
             title = f"stride {stride}, max(l, t, r, b) {lowest:.0f} .. {highest:.0f}: {title}"
@@ -212,12 +211,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw which location learns which box.")
     parser.add_argument("image_id", type=int, nargs="?", help="image of the data set (default: its first one)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="COCO-format data set (default: a drawn example)")
-    parser.add_argument("--split", default="val*", help="of the data set (default: the first val*)")
     parser.add_argument("--out", type=Path, default="runs/assign.png", metavar="FILE", help="default: runs/assign.png")
     args = parser.parse_args(argv)
     if args.image_id is not None and args.data is None:
         parser.error("IMAGE_ID needs --data")
-    image, boxes = read(args.data, args.split, args.image_id) if args.data else example()
+    image, boxes = read(args.data, args.image_id) if args.data else example()
     locations, labels = make_locations(image.height, image.width), torch.arange(len(boxes))
     columns = {title: assign_targets(locations, [boxes], [labels], radius)
                for title, radius in (("whole box", None), ("center sampling 1.5", 1.5))}
@@ -225,7 +223,7 @@ def main(argv=None):
     print("box                  " + 2 * "    P3    P4    P5    P6    P7")
     for g, (w, h) in enumerate((boxes[:, 2:] - boxes[:, :2]).tolist()):
         counts = [((t.labels[0] == g) & (locations.stride == s)).sum() for t in columns.values() for s in STRIDES]
-        print(f"{COLOURS[g % 6]:<12}{f'{w:.0f} x {h:.0f}':<9}" + "".join(f"{count:6}" for count in counts))
+        print(f"{COLOURS[g % len(COLOURS)]:<12}{f'{w:.0f} x {h:.0f}':<9}" + "".join(f"{count:6}" for count in counts))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(image, boxes, locations, columns).save(args.out)
     print(args.out)

@@ -95,8 +95,8 @@ def totals(targets: Targets) -> Totals:
     return Totals(positive.sum().float(), weight.new_full((), len(weight)), weight.sum())
 
 
-def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None = None, stride: Tensor | None = None,
-              alpha: float = 0.25, gamma: float = 2.0) -> dict[str, Tensor]:
+def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None = None,
+              stride: Tensor | None = None) -> dict[str, Tensor]:
     """The three losses of some images, as their share in the losses of the global batch.
 
     Args:
@@ -105,7 +105,6 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None 
         kind: box loss, see `box_loss`.
         over: denominators of the global batch; default: of these images alone.
         stride: (L,) pixels. Given, the box loss compares distances in strides (arXiv:2006.09214) instead of pixels.
-        alpha, gamma: of the focal loss.
     Returns: {"cls", "box", "centerness"}, each (). Every output takes part, so that every parameter has a gradient
         even where no image has a box.
     """
@@ -120,8 +119,7 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None 
     box = box_loss(pred_ltrb.reshape(-1, 4), target_ltrb.reshape(-1, 4), kind)  # (N*L,)
     centerness = F.binary_cross_entropy_with_logits(outputs.centerness, weight, reduction="none")  # (N, L)
     return {
-        "cls": focal_loss(outputs.logits.flatten(0, 1), targets.labels.flatten(), alpha, gamma,
-                          scale=1 / (over.num_pos + over.num_images)),
+        "cls": focal_loss(outputs.logits.flatten(0, 1), targets.labels.flatten(), scale=1 / (over.num_pos + over.num_images)),
         "box": (box * weight.flatten()).sum() / over.centerness.clamp(min=1e-6),
         "centerness": torch.where(positive, centerness, 0.0).sum() / over.num_pos.clamp(min=1),
     }
@@ -150,7 +148,7 @@ def plot(pen, left, top, title, highest, across, ticks, curves: dict[str, Tensor
         pen.line([(x, top), (x, top + 400)], "gainsboro", 2)
         pen.text((left - 10, y), f"{highest * i / 4:g}", "black", font, "rm")
         pen.text((x, top + 410), tick, "black", font, "ma")
-    for i, ((name, curve), (colour, width)) in enumerate(zip(curves.items(), CURVES[:len(curves)], strict=True)):
+    for i, ((name, curve), (colour, width)) in enumerate(zip(curves.items(), CURVES)):
         pen.text((left + 170 * i, top - 22), name, colour, font, "ls")
         pen.line([(left + 520 * (k + 0.5) / len(curve), top + 400 - 400 * value / highest)
                   for k, value in enumerate(curve.tolist()) if value <= highest], colour, width, joint="curve")

@@ -31,8 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
-__all__ = ["available", "batched_nms", "focal_loss", "focal_loss_reference", "nms_mask", "nms_mask_reference"]
-
 # ---- non-maximum suppression -----------------------------------------------------------------------------------------
 
 
@@ -209,7 +207,7 @@ def available() -> bool:
         return False
 
 
-def library(timeout: float = TIMEOUT, show: bool = False) -> Path:
+def library(show: bool = False) -> Path:
     """The path of the extension, built first where it is not yet: by one process, while the others wait.
 
     Nothing that a killed build leaves behind matters: the kernel frees its lock, and `fcos.so` is renamed into its
@@ -229,8 +227,8 @@ def library(timeout: float = TIMEOUT, show: bool = False) -> Path:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.time() - arrived > timeout:
-                    raise TimeoutError(f"another process has held {lock.name} for {timeout:.0f} s") from None
+                if time.time() - arrived > TIMEOUT:
+                    raise TimeoutError(f"another process has held {lock.name} for {TIMEOUT} s") from None
                 time.sleep(0.1)
         if built.exists():
             return built

@@ -199,9 +199,9 @@ def test_the_demo_draws_an_image_of_a_data_set_and_refuses_an_unknown_one_in_a_s
     boxes = [{"image_id": 7, "bbox": [8, 8, 40, 40]}, {"image_id": 7, "bbox": [0, 0, 90, 60], "iscrowd": 1}]
     content = {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": boxes}
     (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
-    assert our.read(tmp_path, "val2017", 7)[1].tolist() == [[8, 8, 48, 48]]
+    assert our.read(tmp_path, 7)[1].tolist() == [[8, 8, 48, 48]]
     our.main(["7", "--data", str(tmp_path), "--out", str(tmp_path / "7.png")])
     with Image.open(tmp_path / "7.png") as picture:
         assert picture.size == (972, 320 + 34)
     ended = subprocess.run([sys.executable, our.__file__, "8", "--data", tmp_path], capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "split val2017 has no image 8" in ended.stderr
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "no image 8" in ended.stderr

@@ -421,17 +421,17 @@ def test_a_build_killed_half_way_does_not_hinder_the_next(pretend):
     builder.kill()  # SIGKILL: nothing is cleaned up
     builder.wait()
     assert (pretend / "lock").exists() and list(pretend.glob("building-*"))
-    assert csrc.library(timeout=5).read_text() == "whole"
+    assert csrc.library().read_text() == "whole"
     assert not list(pretend.glob("building-*"))
 
 
 def test_waiting_for_another_builder_ends_with_a_message_and_the_fallback(pretend, monkeypatch, caplog):
     builder = start_builder(BUILD_SECONDS="30")
     wait_for(lambda: list(pretend.glob("building-*/fcos.so")))
+    monkeypatch.setattr(csrc, "TIMEOUT", 0.2)
     try:
-        with pytest.raises(TimeoutError, match="another process has held .*lock for 0 s"):
-            csrc.library(timeout=0.2)
-        monkeypatch.setattr(csrc, "library", functools.partial(csrc.library, timeout=0.2))
+        with pytest.raises(TimeoutError, match="another process has held .*lock for 0.2 s"):
+            csrc.library()
         assert not csrc.available() and "another process has held" in caplog.text
     finally:
         builder.kill()

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 import data
-import evaluate
 import train
 from model import FCOS, ModelConfig, build_detector, checkpoints_of, load_checkpoint
 
