@@ -126,22 +126,6 @@ def is_text(value):
     return type(value) is str and 0 < len(value) < 500 and "\0" not in value and not re.search("[\ud800-\udfff]", value)
 
 
-def make_folder(path, option) -> Path:
-    """A folder to write to, proven before the work whose results go there; `option` names it on the command line."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise DataError(f"{path}: no folder that can be written to ({error.strerror}); name another with {option}") from None
-    return Path(path)
-
-
-def sentence(error: Exception) -> str:
-    """What a command says of an error that ends it. The system names a full disk, but not what to do."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"error: {error}" + "; free some space and run this again (training: with --resume, if it had begun)" * full
-
-
 FIELDS = {  # what training needs: table -> field -> (test, in words, what stands for a missing one)
     "categories": {"id": (is_whole, "a whole number", None),
                    "name": (is_text, "a text", None)},
@@ -193,12 +177,45 @@ def read_annotations(path, problems: list[Problem] | None = None) -> Annotations
     An entry that cannot be used is a DataError. Given a list of `problems`, it is told there and left out instead.
     """
     content = read_json(path)
-    rows = {table: np.arange(len(content[table])) for table in FIELDS}  # the entries that can be used
+    rows = usable_rows(path, content, problems)
+    index = {id: i for i, id in enumerate(column(content, rows, "images", "id"))}
+    image = np.array([index[id] for id in column(content, rows, "annotations", "image_id")], dtype=np.int64)
+    order = image.argsort(kind="stable")
+    rows["annotations"], image = rows["annotations"][order], image[order]
+    rows["categories"] = rows["categories"][column(content, rows, "categories", "id", np.int64).argsort()]
 
-    def column(table, key, dtype=None):
-        missing = FIELDS[table][key][2]
-        values = [content[table][i].get(key, missing) for i in rows[table].tolist()]
-        return values if dtype is None else np.array(values, dtype=dtype)
+    category_ids = column(content, rows, "categories", "id", np.int64)
+    xywh = column(content, rows, "annotations", "bbox", np.float64).reshape(-1, 4)
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        of_boxes = np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1), posinf=0).tolist()
+    areas = [content["annotations"][i].get("area") for i in rows["annotations"].tolist()]
+    areas = [area if is_number(area) and 0 <= area < math.inf else of_box for area, of_box in zip(areas, of_boxes)]
+    return Annotations(
+        path=str(path),
+        image_ids=column(content, rows, "images", "id", np.int64),
+        file_names=np.array(column(content, rows, "images", "file_name")),
+        sizes=np.stack([column(content, rows, "images", side, np.int64) for side in ("height", "width")], axis=1),
+        image=image,
+        boxes=boxes,
+        labels=np.searchsorted(category_ids, column(content, rows, "annotations", "category_id", np.int64)),
+        areas=np.array(areas, dtype=np.float64),
+        crowd=column(content, rows, "annotations", "iscrowd", bool),
+        annotation_ids=column(content, rows, "annotations", "id", np.int64),
+        category_ids=category_ids.tolist(),
+        category_names=column(content, rows, "categories", "name"),
+        rows=rows)
+
+
+def column(content, rows, table, key, dtype=None):
+    """The values of a field in the entries of a table that are in `rows`: an array of `dtype`, else a list."""
+    values = [content[table][i].get(key, FIELDS[table][key][2]) for i in rows[table].tolist()]
+    return values if dtype is None else np.array(values, dtype=dtype)
+
+
+def usable_rows(path, content, problems) -> dict[str, np.ndarray]:
+    """For each table, the places of the entries that can be used; what becomes of others: see `read_annotations`."""
+    rows = {table: np.arange(len(content[table])) for table in FIELDS}
 
     def keep(table, good, what, wrong, remedy="correct it, or let --fix leave it out"):
         """Go on with the entries `good` (a mask) of a table, and tell of the others: `wrong`(entry) says what it has."""
@@ -216,7 +233,7 @@ def read_annotations(path, problems: list[Problem] | None = None) -> Annotations
 
     for table, fields in FIELDS.items():
         for key, (test, words, _) in fields.items():
-            good = np.fromiter(map(test, column(table, key)), bool, len(rows[table]))
+            good = np.fromiter(map(test, column(content, rows, table, key)), bool, len(rows[table]))
             keep(table, good, f"whose {key} is not {words}",
                  lambda entry: f"has {key} {brief(entry[key])}" if key in entry else f"has no {key}")
     for table in ("categories", "images"):
@@ -225,40 +242,20 @@ def read_annotations(path, problems: list[Problem] | None = None) -> Annotations
             same.setdefault(content[table][i]["id"], []).append(i)
         # of equal entries the first is kept, of contradicting ones none
         kept = [places[0] for places in same.values() if all(content[table][i] == content[table][places[0]] for i in places)]
-        keep(table, np.isin(rows[table], kept), "whose id stands several times", lambda entry: f"has id {entry['id']} like another; ids must be unique",
+        keep(table, np.isin(rows[table], kept), "whose id stands several times",
+             lambda entry: f"has id {entry['id']} like another; ids must be unique",
              "give every entry an id of its own, and correct the annotations that name it")
         if len(rows[table]) == 0:
             raise DataError(f"{path}: has no {table}{' that can be used' * bool(content[table])}; export the file again")
     for key, table in (("image_id", "images"), ("category_id", "categories")):
-        keep("annotations", np.isin(column("annotations", key, np.int64), column(table, "id", np.int64)), f"whose {key} is unknown",
-             lambda entry: f"has {key} {entry[key]}, which is not among the {table}",
+        known = np.isin(column(content, rows, "annotations", key, np.int64), column(content, rows, table, "id", np.int64))
+        keep("annotations", known, f"whose {key} is unknown", lambda entry: f"has {key} {entry[key]}, which is not among the {table}",
              f"add it to {table}, or let --fix leave it out")
-    xywh = column("annotations", "bbox", np.float64).reshape(-1, 4)
-    tiny = (np.abs(xywh) <= 1).all(axis=1)
+    tiny = (np.abs(column(content, rows, "annotations", "bbox", np.float64).reshape(-1, 4)) <= 1).all(axis=1)
     if len(tiny) and tiny.mean() > 0.9:  # no box of a pixel can be learned
-        keep("annotations", ~tiny, "whose bbox is normalised, it seems",
-             lambda entry: f"has bbox {brief(entry['bbox'])}, not in pixels",
+        keep("annotations", ~tiny, "whose bbox is normalised, it seems", lambda entry: f"has bbox {brief(entry['bbox'])}, not in pixels",
              "multiply x and width by the image's width, y and height by its height")
-        xywh = xywh[~tiny]
-
-    index = {id: i for i, id in enumerate(column("images", "id"))}
-    image = np.array([index[id] for id in column("annotations", "image_id")], dtype=np.int64)
-    order = image.argsort(kind="stable")
-    rows["annotations"], image, xywh = rows["annotations"][order], image[order], xywh[order]
-    rows["categories"] = rows["categories"][column("categories", "id", np.int64).argsort()]
-    category_ids = column("categories", "id", np.int64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        of_boxes = np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1), posinf=0).tolist()
-    areas = [content["annotations"][i].get("area") for i in rows["annotations"].tolist()]
-    areas = [area if is_number(area) and 0 <= area < math.inf else of_box for area, of_box in zip(areas, of_boxes)]
-    return Annotations(
-        path=str(path), image_ids=column("images", "id", np.int64), file_names=np.array(column("images", "file_name")),
-        sizes=np.stack([column("images", "height", np.int64), column("images", "width", np.int64)], axis=1),
-        image=image, boxes=boxes, labels=np.searchsorted(category_ids, column("annotations", "category_id", np.int64)),
-        areas=np.array(areas, dtype=np.float64), crowd=column("annotations", "iscrowd", bool),
-        annotation_ids=column("annotations", "id", np.int64), category_ids=category_ids.tolist(),
-        category_names=column("categories", "name"), rows=rows)
+    return rows
 
 
 def brief(value) -> str:
@@ -845,6 +842,22 @@ def _draw_shapes(random, size):
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
+
+def make_folder(path, option) -> Path:
+    """A folder to write to, proven before the work whose results go there; `option` names it on the command line."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise DataError(f"{path}: no folder that can be written to ({error.strerror}); name another with {option}") from None
+    return Path(path)
+
+
+def sentence(error: Exception) -> str:
+    """What a command says of an error that ends it. The system names a full disk, but not what to do."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"error: {error}" + "; free some space and run this again (training: with --resume, if it had begun)" * full
+
 
 def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
     """Read, describe and draw one split, and write its repaired copy."""

@@ -166,6 +166,22 @@ def init_from(model, path, categories: dict):
     say(f"{path}: took {len(taken)} of {len(ours)} tensors; fresh: {', '.join(fresh) or 'none'}")
 
 
+def go_on(run: Path, model, optimizer, digest: str) -> int:
+    """Take up the newest checkpoint of a run, of data with this hash; returns its step."""
+    checkpoint = load_checkpoint(run)
+    if checkpoint.get("data_hash") != digest:
+        raise ConfigError(f"the data set is not what {run} was trained on so far; restore it, or start another run from these weights "
+                          "with --init-from")
+    model.load_state_dict(checkpoint["model"])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random_state"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whatever another optimizer's state raises
+        raise ConfigError(f"{run}: its checkpoint holds weights but not what is needed to go on ({error!r:.80}); start another run "
+                          "from them with --init-from") from None
+    return checkpoint["step"]
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 def say(text):
@@ -303,18 +319,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     optimizer = build_optimizer(model, config)
     first_step = 0
     if resume:
-        checkpoint = load_checkpoint(run)
-        if checkpoint.get("data_hash") != digest:
-            raise ConfigError(f"{annotations.path} is not what {run} was trained on so far; restore it, or start another run "
-                              "from these weights with --init-from")
-        model.load_state_dict(checkpoint["model"])
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["random_state"])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whatever another optimizer's state raises
-            raise DataError(f"{run}: its checkpoint holds weights but not what is needed to go on ({error!r:.80}); start another run "
-                            "from them with --init-from") from None
-        first_step = checkpoint["step"]
+        first_step = go_on(run, model, optimizer, digest)
         say(f"{run}: finished at step {first_step}, nothing left to train" if first_step == config.steps else
             f"{run}: going on from step {first_step}")
     network = model
@@ -341,7 +346,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     def evaluate_step(step):
         started, out = time.time(), run if step == config.steps else None  # the report is of the end
         metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out, num_workers=config.num_workers)
-        if progress:
+        if rank == 0:
             figures = metrics["figures"]
             if not any("AP" in entry and entry["step"] == step for entry in read_metrics(run)):
                 progress.write({"step": step, **figures})
@@ -357,24 +362,19 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
                         for number in (signal.SIGTERM, signal.SIGINT)}
     batches = data.load(dataset, data.shares(sampler, range(first_step, config.steps), accumulate, rank, world),
                         config.num_workers, pin_memory=device.type == "cuda")
-
     unread = []               # losses on the device, not looked at yet: reading them waits for it
     recent = []               # losses since the last report
     saved_at = time.time()
     for step in range(first_step, config.steps):
         waiting = time.time()
         parts = [next(batches).to(device) for _ in range(accumulate)]
-        if progress:
+        if rank == 0:
             progress.data_wait += time.time() - waiting
 
         try:
             unread.append(training_step(network, optimizer, parts, lr := lr_at(step, config), config))
         except torch.OutOfMemoryError:
-            n, _, height, width = parts[0].images.shape
-            most = max(len(boxes) for part in parts for boxes in part.boxes)
-            less = f"set --images-per-gpu {n // 2}, or" if n > 1 else "lower --channels, or"
-            raise DataError(f"step {step} does not fit into the memory of {device}: {n} image{'s' * (n > 1)} on {width} x {height} "
-                            f"pixels, with up to {most} boxes; {less} lower --train-short-sides") from None
+            raise too_large(step, parts) from None
 
         # now and then: look at the losses, tell, save, stop, evaluate
         done = step + 1
@@ -411,6 +411,14 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         signal.signal(number, default)
     if not skip_eval:
         evaluate_step(config.steps)
+
+
+def too_large(step, parts: list[data.Batch]) -> DataError:
+    n, _, height, width = parts[0].images.shape
+    most = max(len(boxes) for part in parts for boxes in part.boxes)
+    less = f"set --images-per-gpu {n // 2}, or" if n > 1 else "lower --channels, or"
+    return DataError(f"step {step} does not fit into the memory of {parts[0].images.device}: {n} image{'s' * (n > 1)} on {width} x {height} "
+                     f"pixels, with up to {most} boxes; {less} lower --train-short-sides")
 
 
 def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
