@@ -733,7 +733,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: list[int], texts: list[str]
     """Boxes (G, 4) on an image (3, h, w) uint8, each in the colour of its label and with its text."""
     if len(boxes) == 0:
         return image
-    colours = [f"hsv({label * 222.5 % 360:.0f}, 100%, 90%)" for label in labels]
+    colours = [f"hsv({label * 222.5 % 360:.0f}, 100%, 75%)" for label in labels]
     texts = [ascii(text)[1:-1] for text in texts]  # torchvision's font has no other letters
     return draw_bounding_boxes(image, boxes, texts, colors=colours, width=2, fill_labels=True, label_colors="white")
 
