@@ -376,7 +376,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     """Whether the hardware computes in bfloat16 (without instructions for it, a CPU is slower than in float32)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

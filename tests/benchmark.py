@@ -456,7 +456,7 @@ def surroundings() -> dict:
     gpu = torch.cuda.is_available()
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": git.stdout.strip(),
-            "cpu": getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.processor()), "threads": torch.get_num_threads(),
+            "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()), "threads": torch.get_num_threads(),
             "bf16 on this cpu": bf16_is_fast(torch.device("cpu")), "load at the beginning": round(os.getloadavg()[0], 2),
             "gpu": torch.cuda.get_device_name() if gpu else "no GPU here", "kernels": gpu and csrc.available(),
             "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
