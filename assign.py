@@ -16,7 +16,8 @@ A location is positive for a box iff
 Where several boxes qualify the smallest area wins, and on equal areas the first box. Everything else is background.
 
 The usual implementation compares all L locations with all G boxes. Here every box visits only the cells that can be
-its own, few with center sampling, so that time and memory hardly depend on G; `tests/test_assign.py` holds it to the definition above.
+its own, few with center sampling, so that time and memory hardly depend on G; `tests/test_assign.py` holds it to the
+definition above.
 
     python assign.py                                        which location learns which box, in a drawn example
     python assign.py IMAGE_ID --data DIR                    in an image of a COCO-format data set, at its own size

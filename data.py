@@ -249,11 +249,13 @@ def usable_rows(path, content, problems) -> dict[str, np.ndarray]:
             raise DataError(f"{path}: has no {table}{' that can be used' * bool(content[table])}; export the file again")
     for key, table in (("image_id", "images"), ("category_id", "categories")):
         known = np.isin(column(content, rows, "annotations", key, np.int64), column(content, rows, table, "id", np.int64))
-        keep("annotations", known, f"whose {key} is unknown", lambda entry: f"has {key} {entry[key]}, which is not among the {table}",
+        keep("annotations", known, f"whose {key} is unknown",
+             lambda entry: f"has {key} {entry[key]}, which is not among the {table}",
              f"add it to {table}, or let --fix leave it out")
     tiny = (np.abs(column(content, rows, "annotations", "bbox", np.float64).reshape(-1, 4)) <= 1).all(axis=1)
     if len(tiny) and tiny.mean() > 0.9:  # no box of a pixel can be learned
-        keep("annotations", ~tiny, "whose bbox is normalised, it seems", lambda entry: f"has bbox {brief(entry['bbox'])}, not in pixels",
+        keep("annotations", ~tiny, "whose bbox is normalised, it seems",
+             lambda entry: f"has bbox {brief(entry['bbox'])}, not in pixels",
              "multiply x and width by the image's width, y and height by its height")
     return rows
 
@@ -696,10 +698,11 @@ def describe(dataset: CocoDataset, short_side, long_side) -> str:
     shown = order if len(order) <= 16 else np.concatenate([order[:10], order[-6:]])
     lines += bars("boxes of a category" + " (the 10 commonest and the 6 rarest)" * (len(order) > 16),
                   [brief(a.category_names[c])[1:-1] for c in shown], per_class[shown].tolist())
-    lines += histogram("area, as COCO evaluates it", ["small  < 32 x 32", "medium < 96 x 96", "large"], a.areas[~a.crowd], [32**2, 96**2])
+    lines += histogram("area, as COCO evaluates it", ["small  < 32 x 32", "medium < 96 x 96", "large"],
+                       a.areas[~a.crowd], [32**2, 96**2])
     wh = boxes.boxes[:, 2:] - boxes.boxes[:, :2]
-    lines += histogram("width : height", ["< 1:3", "1:3 to 1:1.5", "1:1.5 to 1.5:1", "1.5:1 to 3:1", "> 3:1"], wh[:, 0] / wh[:, 1],
-                       [1 / 3, 1 / 1.5, 1.5, 3])
+    lines += histogram("width : height", ["< 1:3", "1:3 to 1:1.5", "1:1.5 to 1.5:1", "1.5:1 to 3:1", "> 3:1"],
+                       wh[:, 0] / wh[:, 1], [1 / 3, 1 / 1.5, 1.5, 3])
     after = np.array([resized(*size, short_side, long_side) for size in a.sizes.tolist()])
     claimed, kept, longest = count_locations(boxes, a.sizes, after)
     lines += histogram(f"level that learns the box's centre, images resized to {short_side} x {long_side} at most",
@@ -875,7 +878,8 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
         try:
             draw_batches(dataset, drawable, args.out / f"{split_of(json_file)}.png", args.short_side, args.long_side)
         except DataError as error:
-            problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], None, "--images looks at all of them"))
+            problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], None,
+                                    "--images looks at all of them"))
     print()
     if args.fix:
         write_fixed(dataset, args.fix, bad)

@@ -150,7 +150,8 @@ def coco_evaluation(annotations: Annotations, results: Results) -> COCOeval:
     a, truth, found = annotations, COCO(), coco_results(results, annotations.category_ids)
     columns = (a.image_ids[a.image], np.array(a.category_ids)[a.labels], to_xywh(a.boxes), a.areas, a.crowd.astype(int))
     rows = zip(*(column.tolist() for column in columns))
-    truth.dataset = {"info": {}, "images": [{"id": i} for i in a.image_ids.tolist()], "categories": [{"id": i} for i in a.category_ids],
+    truth.dataset = {"info": {}, "images": [{"id": i} for i in a.image_ids.tolist()],
+                     "categories": [{"id": i} for i in a.category_ids],
                      "annotations": [dict(id=n, image_id=image, category_id=category, bbox=box, area=area, iscrowd=crowd)
                                      for n, (image, category, box, area, crowd) in enumerate(rows, start=1)]}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools narrates
@@ -205,7 +206,8 @@ def explain(metrics: dict, annotations: Annotations, results: Results) -> list[s
         "0 for classes whose detections all miss (IoU under 0.5, or another class's objects)":
             [c for c in metrics["classes"] if c["AP"] == 0 and c["detections"]],
     }
-    return sentences + [f"AP is {reason}: {', '.join(c['name'] for c in classes)}" for reason, classes in by_reason.items() if classes]
+    return sentences + [f"AP is {reason}: {', '.join(c['name'] for c in classes)}"
+                        for reason, classes in by_reason.items() if classes]
 
 
 def print_metrics(metrics):
@@ -237,7 +239,8 @@ def draw(image, boxes, labels, scores, names, side, truth=()):
         image = draw_bounding_boxes(image, on_image(truth), colors="white", width=1)
     if len(boxes):
         boxes, labels, scores = boxes[::-1].copy(), labels[::-1], scores[::-1]  # the best on top
-        image = data.draw_boxes(image, on_image(boxes), labels, [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)])
+        texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)]
+        image = data.draw_boxes(image, on_image(boxes), labels, texts)
     return image
 
 
@@ -282,7 +285,8 @@ def draw_verdicts(out: Path, evaluation: COCOeval, dataset: CocoDataset, results
         top[i] = max([top[i], *scores[judged & ~matched]])
     f1 = 2 * right / np.maximum(1, 2 * right + wrong + missed)
     eventful = np.flatnonzero(right + wrong + missed)                   # an empty image without detections is neither
-    for name, order in (("best", np.lexsort((-right, -f1))), ("worst", np.lexsort((-wrong - missed, f1))), ("wrong", np.argsort(-top))):
+    orders = {"best": np.lexsort((-right, -f1)), "worst": np.lexsort((-wrong - missed, f1)), "wrong": np.argsort(-top)}
+    for name, order in orders.items():
         chosen = [i for i in order[np.isin(order, eventful)] if name != "wrong" or top[i] > 0][:count]
         if chosen:
             captions = [f"{right[i]:.0f} right, {wrong[i]:.0f} wrong, {missed[i]:.0f} missed" +

@@ -127,7 +127,8 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", over: Totals | None 
 
 # --- what it looks like -----------------------------------------------------------------------------------------------
 
-CURVES = (("crimson", 6), ("royalblue", 12), ("darkorange", 6), ("seagreen", 4))  # colour and width: where two coincide, both are seen
+# Colour and width of the curves; where two coincide, both are seen.
+CURVES = (("crimson", 6), ("royalblue", 12), ("darkorange", 6), ("seagreen", 4))
 
 
 def with_gradient(loss, x: Tensor) -> tuple[Tensor, Tensor]:

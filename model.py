@@ -221,7 +221,8 @@ class Head(nn.Module):
         def tower():
             layers = []
             for _ in range(config.tower_depth):
-                layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(channels // 8, channels), nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(channels // 8, channels),
+                           nn.ReLU(inplace=True)]
             return nn.Sequential(*layers)
 
         self.cls_tower, self.box_tower = tower(), tower()
@@ -549,7 +550,8 @@ def load_file(path):
         with open(path, "rb") as file:
             if file.read(2) == b"PK":
                 with zipfile.ZipFile(file) as archive:
-                    # Of a record with the mark of a folder, which no checksum covers, PyTorch reads nothing and keeps what the memory held.
+                    # Of a record with the mark of a folder, which no checksum covers, PyTorch reads nothing and keeps
+                    # what the memory held.
                     if archive.testzip() or any(record.external_attr & 0x10 for record in archive.infolist()):
                         raise zipfile.BadZipFile("a record is not as it was written")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -557,8 +559,9 @@ def load_file(path):
         raise ConfigError(f"{path}: no such file or folder") from None
     except Exception as error:  # whatever a damaged file makes torch raise
         if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ConfigError(f"{path}: refused, since it holds a Python object ({held[1]}), and loading one can run any code; if you trust "
-                              'its author, save the weights alone: torch.save(torch.load(FILE, weights_only=False)["model"], NEW)') from None
+            raise ConfigError(f"{path}: refused, since it holds a Python object ({held[1]}), and loading one can run any code; if "
+                              "you trust its author, save the weights alone: "
+                              'torch.save(torch.load(FILE, weights_only=False)["model"], NEW)') from None
         raise ConfigError(f"{path}: damaged, or not a file of PyTorch ({type(error).__name__}); name another one") from None
 
 

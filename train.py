@@ -42,8 +42,8 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import DataError
 from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import (CHECKPOINT_FORMAT, FCOS, IMPROVED, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of, dtype_of,
-                   given, load_checkpoint, option, rebuilt, write_whole)
+from model import (CHECKPOINT_FORMAT, FCOS, IMPROVED, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of,
+                   dtype_of, given, load_checkpoint, option, rebuilt, write_whole)
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -73,8 +73,8 @@ class TrainConfig:
     train_short_sides: tuple[int, int] = option((800, 800), "pixels; range of each image's short side", ">= 1, lower first")
     flip: float = option(0.5, "probability of a horizontal flip", "in [0, 1]")
     seed: int = option(0, "of the initial weights and of all that the sampler draws")
-    canvas_sides: int = option(4, "lengths that the side of a batch may be padded to; few, as each shape is compiled; 0: any multiple of 32")
-    precision: str = option("auto", "of the network; auto: bf16 where the hardware has it. Losses are always fp32", ("auto", "bf16", "fp32"))
+    canvas_sides: int = option(4, "lengths that a side of a batch is padded to; few, as each shape is compiled; 0: any multiple of 32")
+    precision: str = option("auto", "of the network; auto: bf16 where the hardware has it", ("auto", "bf16", "fp32"))
     compile: str = option("auto", "torch.compile the network; auto: on a GPU", ("auto", "on", "off"))
     # in what portions, and what is told and kept: see RESUMABLE
     images_per_gpu: int = option(0, "most images at once on a device, the rest is accumulated; 0: any")
@@ -236,8 +236,10 @@ REMEDY = "start another run with a lower --lr, from the last good weights with -
 def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     """Biases learn at twice the rate and do not decay."""
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in learned if not name.endswith("bias")], "lr_factor": 1.0, "weight_decay": config.weight_decay},
-              {"params": [p for name, p in learned if name.endswith("bias")], "lr_factor": 2.0, "weight_decay": 0.0}]
+    weights = [p for name, p in learned if not name.endswith("bias")]
+    biases = [p for name, p in learned if name.endswith("bias")]
+    groups = [{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
+              {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
@@ -345,7 +347,8 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
 
     def evaluate_step(step):
         started, out = time.time(), run if step == config.steps else None  # the report is of the end
-        metrics = evaluate.evaluate(Detector(model, device, config.precision), validation, categories, out, num_workers=config.num_workers)
+        detector = Detector(model, device, config.precision)
+        metrics = evaluate.evaluate(detector, validation, categories, out, num_workers=config.num_workers)
         if rank == 0:
             figures = metrics["figures"]
             if not any("AP" in entry and entry["step"] == step for entry in read_metrics(run)):
@@ -417,8 +420,8 @@ def too_large(step, parts: list[data.Batch]) -> DataError:
     n, _, height, width = parts[0].images.shape
     most = max(len(boxes) for part in parts for boxes in part.boxes)
     less = f"set --images-per-gpu {n // 2}, or" if n > 1 else "lower --channels, or"
-    return DataError(f"step {step} does not fit into the memory of {parts[0].images.device}: {n} image{'s' * (n > 1)} on {width} x {height} "
-                     f"pixels, with up to {most} boxes; {less} lower --train-short-sides")
+    return DataError(f"step {step} does not fit into the memory of {parts[0].images.device}: {n} image{'s' * (n > 1)} on "
+                     f"{width} x {height} pixels, with up to {most} boxes; {less} lower --train-short-sides")
 
 
 def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
@@ -458,7 +461,8 @@ def parse_arguments(argv):
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "demo"
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise ConfigError(f"preset {name!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"))
+        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
+        raise ConfigError(f"preset {name!r} is unknown; {remedy}")
     config = PRESETS[name]
     parser = argparse.ArgumentParser(prog=f"train.py {name}", description=f"Presets: {', '.join(PRESETS)}.")
     parser.add_argument("--run-dir", dest="run", help=f"folder of the run (default: runs/{name})", default=f"runs/{name}")
