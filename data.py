@@ -63,8 +63,15 @@ class Problem(NamedTuple):
     what: str              # completes "12 ..."
     count: int
     examples: list[str]    # the first ones: file, ids, value
-    then: str | None       # what training does with it; None: it cannot start
+    then: str              # what training does with it
     remedy: str
+
+    @property
+    def stops(self) -> bool:
+        return self.then.startswith("stops")
+
+
+STOPS = "stops, with this as the error"
 
 
 # --- 1. reading -------------------------------------------------------------------------------------------------------
@@ -229,7 +236,7 @@ def usable_rows(path, content, problems) -> dict[str, np.ndarray]:
         if examples and problems is None:
             raise DataError(f"{path}: {len(bad)} {table} {what}: {examples[0]}; {remedy}")
         if examples:
-            problems.append(Problem(f"{table} {what}", len(bad), examples, None, remedy))
+            problems.append(Problem(f"{table} {what}", len(bad), examples, STOPS, remedy))
 
     for table, fields in FIELDS.items():
         for key, (test, words, _) in fields.items():
@@ -342,7 +349,7 @@ class TrainSampler:
         self.short_sides, self.long_side, self.enlarge, self.flip = short_sides, long_side, enlarge, flip
         largest = [resized(*size, short_sides[1], long_side, enlarge) for size in np.unique(sizes, axis=0).tolist()]
         short, long = max(map(min, largest)), max(map(max, largest))  # what the short and the long sides need
-        self.sides = sorted(set(map(padded, np.linspace(short, long, canvas_sides))))
+        self.sides = sorted(set(map(padded, np.linspace(short, long, canvas_sides, dtype=int))))
         self.batches_per_epoch = math.ceil(len(self.images) / batch_size)
         self._epoch = (-1, None)
 
@@ -409,9 +416,9 @@ class CocoDataset(Dataset):
     def __init__(self, annotations: Annotations, folder):
         a = annotations
         self.annotations, self.folder, self.faults = a, str(folder), faults(a)
-        self.learned = ~np.logical_or.reduce([a.crowd, *self.faults.values()])       # (A,) which boxes are
-        counts = np.bincount(a.image[self.learned], minlength=len(a.image_ids))
-        self.boxes = Boxes(np.concatenate([[0], counts.cumsum()]), clip(a)[self.learned].astype(np.float32), a.labels[self.learned])
+        learned = ~np.logical_or.reduce([a.crowd, *self.faults.values()])            # (A,) bool
+        counts = np.bincount(a.image[learned], minlength=len(a.image_ids))           # (I,)
+        self.boxes = Boxes(np.concatenate([[0], counts.cumsum()]), clip(a)[learned].astype(np.float32), a.labels[learned])
 
     def __len__(self):
         return len(self.annotations.image_ids)
@@ -548,9 +555,9 @@ def find_problems(dataset: CocoDataset) -> list[Problem]:
                 f"in {a.sizes[image[k], 1]} x {a.sizes[image[k], 0]} pixels")
 
     tell(dataset.missing(), "image files are not there", lambda i: f"{brief(dataset.image_path(i))} (image {a.image_ids[i]})",
-         None, "complete the folder, or let --fix leave these images out")
+         STOPS, "complete the folder, or let --fix leave these images out")
     if len(dataset.boxes.labels) == 0:
-        problems.append(Problem("split without a box that can be learned", 1, [a.path], None,
+        problems.append(Problem("split without a box that can be learned", 1, [a.path], "stops; as a val split, its figures are -1",
                                 "annotate objects; if there are boxes, see the other problems"))
     for reason, rows in dataset.faults.items():
         tell(np.flatnonzero(rows), reason, of_box, "does not learn them; evaluation counts them as objects not found",
@@ -607,7 +614,7 @@ def check_images(dataset: CocoDataset) -> tuple[list[Problem], np.ndarray, list[
         errors, upright, hashes = zip(*threads.map(check, range(len(dataset))))
     bad, problems = np.array([i for i, error in enumerate(errors) if error], dtype=np.int64), []
     if len(bad):
-        problems.append(Problem("images cannot be used", len(bad), [errors[i] for i in bad[:3]], None,
+        problems.append(Problem("images cannot be used", len(bad), [errors[i] for i in bad[:3]], "stops where it meets the first",
                                 "see each; --images --fix leaves them out"))
     if not all(upright):
         examples = [dataset.image_path(i) for i in np.flatnonzero(~np.array(upright))[:3]]
@@ -624,7 +631,7 @@ def compare_splits(train_and_hashes, val_and_hashes) -> list[Problem]:
     if ours != theirs:
         differ = sorted(set(ours) ^ set(theirs)) or ours
         examples = [f"{id} {brief(name)} is in {'train' if (id, name) in ours else 'val'} alone" for id, name in differ[:3]]
-        problems.append(Problem("categories differ between train and val", len(differ), examples, None,
+        problems.append(Problem("categories differ between train and val", len(differ), examples, STOPS,
                                 "give both files the same list of categories"))
     seen = {digest: i for i, digest in enumerate(train_hashes) if digest}
     shared = [(seen[digest], i) for i, digest in enumerate(val_hashes) if digest in seen]
@@ -705,8 +712,9 @@ def describe(dataset: CocoDataset, short_side, long_side) -> str:
                        wh[:, 0] / wh[:, 1], [1 / 3, 1 / 1.5, 1.5, 3])
     after = np.array([resized(*size, short_side, long_side) for size in a.sizes.tolist()])
     claimed, kept, longest = count_locations(boxes, a.sizes, after)
-    lines += histogram(f"level that learns the box's centre, images resized to {short_side} x {long_side} at most",
-                       [f"P{i + 3}, stride {8 << i:3d}" for i in range(5)], longest / 2, [64, 128, 256, 512])
+    level = np.searchsorted([64, 128, 256, 512], longest / 2)
+    lines += bars(f"level that learns the box's centre, images resized to {short_side} x {long_side} at most",
+                  [f"P{i + 3}, stride {8 << i:3d}" for i in range(5)], np.bincount(level, minlength=5).tolist())
     none, covered = (claimed == 0).sum(), ((claimed > 0) & (kept == 0)).sum()
     return "\n".join(lines) + f"""
     No location learns {none:,d} boxes, too small or thin for every cell centre of the levels of their size, nor {covered:,d} more,
@@ -752,7 +760,7 @@ def write_fixed(dataset: CocoDataset, out, without=()):
     clipped = clip(a)
     good = ~np.logical_or.reduce([np.isin(a.image, without), *dataset.faults.values()])
     annotations = []
-    for k in np.flatnonzero(good):
+    for k in np.flatnonzero(good)[a.rows["annotations"][good].argsort()]:
         entry, (x0, y0, x1, y1) = content["annotations"][a.rows["annotations"][k]], clipped[k].tolist()
         if (clipped[k] != a.boxes[k]).any():
             entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
@@ -878,7 +886,7 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
         try:
             draw_batches(dataset, drawable, args.out / f"{split_of(json_file)}.png", args.short_side, args.long_side)
         except DataError as error:
-            problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], None,
+            problems.append(Problem("image that was to be drawn cannot be used", 1, [str(error)], "stops where it meets it",
                                     "--images looks at all of them"))
     print()
     if args.fix:
@@ -887,13 +895,13 @@ def check_split(args, kind) -> tuple[CocoDataset, list[bytes], list[Problem]]:
 
 
 def print_problems(problems: list[Problem]):
-    for p in sorted(problems, key=lambda p: p.then is not None):
-        print(f"{'NOTE' if p.then else 'ERROR'}: {p.count:,d} {p.what}")
+    for p in sorted(problems, key=lambda p: not p.stops):
+        print(f"{'ERROR' if p.stops else 'NOTE'}: {p.count:,d} {p.what}")
         for example in p.examples:
             print(f"    {example}")
         if p.count > len(p.examples):
             print("    ...")
-        print(f"  training: {p.then or 'stops, with this as the error'}\n  remedy: {p.remedy}\n")
+        print(f"  training: {p.then}\n  remedy: {p.remedy}\n")
 
 
 def main(argv=None) -> int:
@@ -922,7 +930,7 @@ def main(argv=None) -> int:
             dataset, hashes, found = check_split(args, kind)
             checked.append((dataset, hashes))
         except DataError as error:
-            found = [Problem("file cannot be used", 1, [str(error)], None, "see there")]
+            found = [Problem("file cannot be used", 1, [str(error)], STOPS, "see there")]
         print_problems(found)
         problems += found
     if len(checked) == 2:
@@ -931,7 +939,7 @@ def main(argv=None) -> int:
         problems += found
     if not args.images:
         print("Images were not opened; --images decodes them all.")
-    stops = any(p.then is None for p in problems)
+    stops = any(p.stops for p in problems)
     print("Training cannot start." if stops else "Training can start; read the notes above." if problems else "Clean.")
     return 2 if stops else 1 if problems else 0
 

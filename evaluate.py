@@ -80,6 +80,7 @@ def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_worke
     """Detections in every image of a data set; in a process group shared out, and returned to rank 0 alone."""
     rank, world = rank_and_world()
     config, sizes, image_ids = detector.config, dataset.annotations.sizes, dataset.annotations.image_ids
+    batch_size = 1 if tta else batch_size
     batches = data.evaluation_batches(sizes, batch_size, config.short_side, config.long_side, config.enlarge)[rank::world]
 
     def detections():

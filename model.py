@@ -204,7 +204,7 @@ def misfits(model: nn.Module, state: dict) -> list[str]:
                 for key, value in entries.items()}
 
     expected, found = shapes(model.state_dict()), shapes(state)
-    return [f"{key} (expected {expected.get(key, 'nothing')}, found {found.get(key, 'nothing')})"
+    return [f"{key!r:.80} (expected {expected.get(key, 'nothing')}, found {found.get(key, 'nothing')})"
             for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
 
 
@@ -499,7 +499,7 @@ def export(model: FCOS, categories: dict, path, height: int, width: int):
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 def write_whole(path, write, remedy):
@@ -535,7 +535,7 @@ def load_checkpoint(path) -> dict:
             break
         except ConfigError as error:
             if file is files[-1]:
-                raise
+                raise ConfigError(f"{error}; name another run or file") from None
             print(f"{error}; passed over", file=sys.stderr, flush=True)
     check_checkpoint(checkpoint, file)
     return checkpoint
@@ -562,7 +562,7 @@ def load_file(path):
             raise ConfigError(f"{path}: refused, since it holds a Python object ({held[1]}), and loading one can run any code; if "
                               "you trust its author, save the weights alone: "
                               'torch.save(torch.load(FILE, weights_only=False)["model"], NEW)') from None
-        raise ConfigError(f"{path}: damaged, or not a file of PyTorch ({type(error).__name__}); name another one") from None
+        raise ConfigError(f"{path}: damaged, or not a file of PyTorch ({type(error).__name__})") from None
 
 
 def rebuilt(Config, values: dict, source, remedy="use the version of the code that wrote it"):
@@ -790,10 +790,10 @@ def same_type(value, default) -> bool:
     return type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
-def add_options(parser, config):
+def add_options(parser, config, without=None):
     """Give argparse an option for every field of a configuration. `given` reads them."""
     for f in fields(config):
-        if f.metadata and f.name != "num_classes":  # of which the data decides
+        if f.metadata and f.name != without:
             if type(f.default) is bool:
                 kind = {"action": argparse.BooleanOptionalAction}
             elif type(f.metadata["valid"]) is tuple:
@@ -841,8 +841,8 @@ def main():
     elif args.convert:
         if not args.form or not args.out:
             parser.error("--convert needs --form and --out")
-        if "backbone" in changes:
-            parser.error("--convert finds the backbone by itself; leave out --backbone")
+        if found := changes.keys() & {"backbone", "num_classes"}:
+            parser.error(f"--convert finds these in the weights; leave out {', '.join(sorted(found))}")
         checkpoint = import_checkpoint(load_weights(args.convert), args.form, args.categories, args.convert, **changes)
         write_whole(args.out, lambda file: torch.save(checkpoint, file), "free some space, or name another file with --out")
         names = checkpoint["categories"]["names"]

@@ -195,10 +195,9 @@ class Progress:
 
     def __init__(self, run: Path, config: TrainConfig, first_step: int):
         self.path, self.config = run / "metrics.jsonl", config
-        if self.path.exists():  # leave out what a killed run did after its last checkpoint
-            kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
-            text = "".join(json.dumps(entry) + "\n" for entry in kept)
-            write_whole(self.path, lambda file: file.write(text.encode()), "free some space and go on with --resume")
+        kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]  # not what a killed run did after its checkpoint
+        text = "".join(json.dumps(entry) + "\n" for entry in kept)
+        write_whole(self.path, lambda file: file.write(text.encode()), "free some space and go on with --resume")
         self.start = self.last = time.time()
         self.first_step = self.last_step = first_step
         self.data_wait = 0.0
@@ -224,8 +223,9 @@ class Progress:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """What RUN/metrics.jsonl holds, without a line that a kill left unfinished."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    """What RUN/metrics.jsonl holds so far, without a line that a kill left unfinished."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
     progress = Progress(run, config, first_step) if rank == 0 else None
 
     def evaluation_due(step):
-        return not skip_eval and config.eval_every and step % config.eval_every == 0 and 0 < step < config.steps
+        return not skip_eval and config.eval_every and step % config.eval_every == 0 and step < config.steps
 
     def evaluate_step(step):
         started, out = time.time(), run if step == config.steps else None  # the report is of the end
@@ -351,15 +351,13 @@ def train(config: TrainConfig, run: Path, device: torch.device, resume=False, in
         metrics = evaluate.evaluate(detector, validation, categories, out, num_workers=config.num_workers)
         if rank == 0:
             figures = metrics["figures"]
-            if not any("AP" in entry and entry["step"] == step for entry in read_metrics(run)):
+            if not any("AP" in entry and entry["step"] == step for entry in read_metrics(run)):  # else a finished run, resumed
                 progress.write({"step": step, **figures})
             if not out:
                 say(f"step {step}/{config.steps} | " + " ".join(f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75")))
             progress.last += time.time() - started  # its images/s are those of training
 
     # the loop
-    if evaluation_due(first_step):  # resumed: a kill may have cut it off
-        evaluate_step(first_step)
     stop_signal = []
     default_handlers = {number: signal.signal(number, lambda number, frame: stop_signal.append(number))
                         for number in (signal.SIGTERM, signal.SIGINT)}
@@ -437,9 +435,8 @@ def plot(runs: list[str]):
     """Draw the loss and the AP of one or more runs over one another, to runs/curves.png."""
     panels = {"loss": {}, "AP": {}}  # title -> run -> steps and values
     for run in runs:
-        file = Path(run) / "metrics.jsonl"
-        if not file.exists():
-            raise DataError(f"{file}: no such file; name folders of runs, such as runs/demo")
+        if not (Path(run) / "metrics.jsonl").exists():
+            raise DataError(f"{run}/metrics.jsonl: no such file; name folders of runs, such as runs/demo")
         entries = read_metrics(Path(run))
         points = {"loss": [(entry["step"], sum(entry[name] for name in TERMS)) for entry in entries if "cls" in entry],
                   "AP": [(entry["step"], entry["AP"]) for entry in entries if "AP" in entry]}
@@ -472,7 +469,7 @@ def parse_arguments(argv):
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="train nothing; draw the loss and AP curves of these runs")
     parser.add_argument("--skip-eval", action="store_true", help="do not evaluate, neither on the way nor after training")
     add_options(parser.add_argument_group("training"), config)
-    add_options(parser.add_argument_group("model"), config.model)
+    add_options(parser.add_argument_group("model"), config.model, without="num_classes")  # the data's
     args = parser.parse_args(argv)
     of_training, of_model = given(args, config), given(args, config.model)
     if of_training.get("data", "shapes") != "shapes":

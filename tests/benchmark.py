@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -482,6 +483,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help="some of " + ", ".join(MEASUREMENTS))
     parser.add_argument("--json", metavar="OUT", default=ROOT / "runs" / "benchmark.json", help="file of all figures (default: %(default)s)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out = Path(args.json)
     out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
     where, rows, start = surroundings(), [], time.time()

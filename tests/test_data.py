@@ -121,6 +121,7 @@ STOPS = {  # mutation -> what the error must say
     "images missing": (change("images", drop=True), "no list of images"),
     "annotations an object": (change("annotations", to={}), "no list of annotations"),
     "images empty": (change("images", to=[]), "has no images"),
+    "categories empty": (change("categories", to=[]), "has no categories"),
     "image a number": (change("images", 1, to=7), "among its images is 7"),
     "list at the top": (lambda content: [content], "holds a list"),
     "image id a string": (change("images", 0, "id", to="30"), "images whose id is not a whole number.*'30'"),
@@ -138,6 +139,7 @@ STOPS = {  # mutation -> what the error must say
     "file name a half character": (change("images", 0, "file_name", to="\ud800.png"), r"not a path inside the image folder.*ud800"),
     "height missing": (change("images", 1, "height", drop=True), r"height.*images\[1\] \(id 10\) .*has no height"),
     "height zero": (change("images", 1, "height", to=0), "height 0"),
+    "width negative": (change("images", 1, "width", to=-64), "width -64"),
     "width a string": (change("images", 1, "width", to="64"), "width '64'"),
     "width 63.5": (change("images", 1, "width", to=63.5), "width 63.5"),
     "width huge": (change("images", 1, "width", to=10**12), "width 1000000000000"),
@@ -154,6 +156,7 @@ STOPS = {  # mutation -> what the error must say
     "category_id an object": (change("annotations", 3, "category_id", to={"id": 3}), "category_id {'id': 3}"),
     "bbox missing": (change("annotations", 3, "bbox", drop=True), r"annotations\[3\] \(id 12\) has no bbox"),
     "bbox of three": (change("annotations", 3, "bbox", to=[1, 2, 3]), r"not four numbers.*\(id 12\) has bbox \[1, 2, 3\]"),
+    "bbox of five": (change("annotations", 3, "bbox", to=[1, 2, 3, 4, 5]), "not four numbers"),
     "bbox with text": (change("annotations", 3, "bbox", to=["1", 2, 3, 4]), "not four numbers.*'1'"),
     "bbox with null": (change("annotations", 3, "bbox", to=[1, 2, None, 4]), "not four numbers.*None"),
     "bbox with bool": (change("annotations", 3, "bbox", to=[1, 2, True, 4]), "not four numbers.*True"),
@@ -204,7 +207,7 @@ def test_what_is_doubtful_is_counted_and_told(tmp_path, name):
     dataset = open_good(tmp_path, mutate(good_content()))
     problems = data.find_problems(dataset)
     assert any(re.search(says, f"{p.count} {p.what}") for p in problems), problems
-    assert all(p.examples and p.then and p.remedy for p in problems)
+    assert not any(p.stops for p in problems) and all(p.examples and p.then and p.remedy for p in problems)
     assert len(data.describe_dropped(dataset).splitlines()) == 3
     assert np.isfinite(dataset.boxes.boxes).all() and (dataset.boxes.boxes[:, 2:] > dataset.boxes.boxes[:, :2]).all()
 
@@ -594,9 +597,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path,
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here, a disk that is always full")
-def test_a_full_disk_is_an_error_that_says_what_to_do():
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path):
+    write_split(tmp_path, good_content())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.png").symlink_to("/dev/full")
     with pytest.raises(OSError) as raised:
-        PHOTO.save("/dev/full", "PNG")
+        data.main([str(tmp_path), "--split", "train", "--out", str(tmp_path / "out")])
     assert "No space left on device; free some space and run this again" in data.sentence(raised.value)
     assert data.sentence(DataError("a: b")) == "error: a: b"
 
@@ -608,7 +614,7 @@ def test_train_and_val_are_compared(tmp_path):
     val = CocoDataset(read_annotations(write_split(tmp_path, content, "val")), tmp_path / "val")
     (tmp_path / "val" / "20.png").write_bytes((tmp_path / "train" / "20.png").read_bytes())
     categories, shared = data.compare_splits((train, data.check_images(train)[2]), (val, data.check_images(val)[2]))
-    assert categories.then is None and "categories differ" in categories.what and "3 'dog' is in train alone" in categories.examples
+    assert categories.stops and "categories differ" in categories.what and "3 'dog' is in train alone" in categories.examples
     assert shared.count == 1 and shared.examples[0].count("20.png") == 2
 
 

@@ -89,11 +89,6 @@ def sparse_ids(content):
         annotation["category_id"] = annotation["category_id"] * 13 + 5
 
 
-def all_one_id(content):
-    for annotation in content["annotations"]:
-        annotation["id"] = 7
-
-
 def without_optional_keys(content):
     content.pop("info", None)
     for annotation in content["annotations"]:
@@ -118,7 +113,9 @@ def test_figures_are_those_of_pycocotools_on_real_annotations_with_crowds():
                              scores=random.random(len(truth.scores)).astype(np.float32))
     metrics = metrics_of(dataset.annotations, shifted)
     theirs = COCO(dataset.annotations.path)
-    evaluation = COCOeval(theirs, theirs.loadRes(evaluate.coco_results(shifted, dataset.annotations.category_ids)), "bbox")
+    rows = [{"image_id": int(i), "category_id": dataset.annotations.category_ids[label], "score": float(score),
+             "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]} for i, (x0, y0, x1, y1), score, label in zip(*shifted)]
+    evaluation = COCOeval(theirs, theirs.loadRes(rows), "bbox")
     evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     assert list(metrics["figures"].values()) == evaluation.stats.tolist()
     assert 0.05 < metrics["figures"]["AP"] < 0.95
@@ -200,7 +197,10 @@ def test_evaluation_writes_coco_results_metrics_and_a_picture(shapes, tmp_path, 
     assert (tmp_path / "eval" / "mine.png").exists() and not (tmp_path / "eval" / "wrong.png").exists()  # nothing over 0.3 was found
     assert all(name in printed for name in evaluate.FIGURES) and "triangle" in printed
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == metrics
-    COCO(dataset.annotations.path).loadRes(str(tmp_path / "eval" / "results.json"))
+    listed = COCO(dataset.annotations.path).loadRes(str(tmp_path / "eval" / "results.json")).dataset["annotations"]
+    found = evaluate.detect_all(detector(), dataset)
+    assert [row["score"] for row in listed] == found.scores.tolist() and [row["image_id"] for row in listed] == found.image_ids.tolist()
+    np.testing.assert_allclose([row["bbox"] for row in listed], evaluate.to_xywh(found.boxes), atol=1e-4)
     for name in ("detections.png", "eval/precision_recall.png", "eval/worst.png"):
         assert min(Image.open(tmp_path / name).size) > 300
 
@@ -309,8 +309,8 @@ def test_prediction_reports_bad_files_does_the_others_and_exits_non_zero(tmp_pat
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda c: c.pop("format"), "not a checkpoint of this version of the code .format None, not 1.; use the version.*--convert"),
-    (lambda c: c.update(format=2), "not a checkpoint of this version of the code .format 2, not 1."),
+    (lambda c: c.pop("format"), "not a checkpoint of this version of the code .format None, not 2.; use the version.*--convert"),
+    (lambda c: c.update(format=1), "not a checkpoint of this version of the code .format 1, not 2."),
     *[(change, f"its '{key}' is missing or of another type") for key in ("model", "config", "categories", "step")
       for change in (lambda c, key=key: c.pop(key), lambda c, key=key: c.update({key: "x"}))],
     (lambda c: c["config"].pop("model"), "its configuration's 'model' is missing or of another type"),
@@ -318,12 +318,12 @@ def test_prediction_reports_bad_files_does_the_others_and_exits_non_zero(tmp_pat
     (lambda c: c["config"]["model"].update(anchors=9), "its ModelConfig .*1 fields are missing or unknown: anchors"),
     (lambda c: c["config"]["model"].update(channels="64"), "its ModelConfig .*--channels '64': must be of type int"),
     (lambda c: c["config"]["model"].update(backbone="vgg"), "its ModelConfig .*--backbone 'vgg': must be one of resnet18"),
-    (lambda c: c["config"]["model"].update(channels=64), "its weights are not its configuration's; [0-9]+ names or shapes differ: fpn"),
-    (lambda c: c["config"]["model"].update(num_classes=4), "its weights are not.*; 2 names or shapes differ: head.cls_logits.bias"),
-    (lambda c: c["model"].pop("scales"), "its weights are not.*; 1 names or shapes differ: scales"),
-    (lambda c: c["model"].update(scales=[1.0] * 5), "its weights are not.*; 1 names or shapes differ: scales"),
-    (lambda c: c["model"].update(scales=torch.ones(5, dtype=torch.int64)), "its weights are not.*; 1 names or shapes differ: scales"),
-    (lambda c: c["model"].update({7: torch.ones(1)}), "its weights are not.*; 1 names or shapes differ: 7"),
+    (lambda c: c["config"]["model"].update(channels=64), "its weights are not its configuration's; [0-9]+ names or shapes differ: 'fpn"),
+    (lambda c: c["config"]["model"].update(num_classes=4), "its weights are not.*; 2 names or shapes differ: 'head.cls_logits.bias'"),
+    (lambda c: c["model"].pop("scales"), "its weights are not.*; 1 names or shapes differ: 'scales'"),
+    (lambda c: c["model"].update(scales=[1.0] * 5), "its weights are not.*; 1 names or shapes differ: 'scales'"),
+    (lambda c: c["model"].update(scales=torch.ones(5, dtype=torch.int64)), "its weights are not.*; 1 names or shapes differ: 'scales'"),
+    (lambda c: c["model"].update({7: torch.ones(1)}), "its weights are not.*; 1 names or shapes differ: '7'"),
     (lambda c: c["categories"].pop("ids"), "its categories have not 3 ids"),
     (lambda c: c["categories"].update(ids=["1", "2", "3"]), "its categories have not 3 ids"),
     (lambda c: c["categories"].update(names=["a", "b"]), "its categories have not 3 names"),
@@ -353,7 +353,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_detection(shapes, t
 @pytest.mark.parametrize("options, sentence", [
     (["nowhere"], "nowhere: no such file or folder"),
     (["tests"], "tests: no checkpoint-*.pt here"),
-    (["Makefile"], "error: Makefile: damaged, or not a file of PyTorch (UnpicklingError); name another one"),
+    (["Makefile"], "error: Makefile: damaged, or not a file of PyTorch (UnpicklingError); name another run or file"),
     (["tests", "--batch-size", "0"], "--batch-size must be >= 1"),
 ])
 def test_wrong_options_end_in_one_sentence(options, sentence):

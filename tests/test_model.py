@@ -777,9 +777,9 @@ def test_backbone_weights_of_another_network_are_refused_by_name_and_shape(tmp_p
     state = torchvision.models.resnet34().state_dict()
     torch.save(state, tmp_path / "resnet34.pth")
     our.Backbone(ModelConfig(backbone="resnet34"), str(tmp_path / "resnet34.pth"))
-    with pytest.raises(ConfigError, match=r"resnet34.pth: not the weights of a resnet18; .*: layer1.2.bn1.bias \(expected nothing, found \(64,\)\)"):
+    with pytest.raises(ConfigError, match=r"resnet34.pth: not the weights of a resnet18; .*: 'layer1.2.bn1.bias' \(expected nothing, found \(64,\)\)"):
         our.Backbone(ModelConfig(backbone="resnet18"), str(tmp_path / "resnet34.pth"))
-    with pytest.raises(ConfigError, match=r"resnet34.pth: not the weights of a resnet50; .*: layer1.0.bn3.bias \(expected \(256,\), found nothing\)"):
+    with pytest.raises(ConfigError, match=r"resnet34.pth: not the weights of a resnet50; .*: 'layer1.0.bn3.bias' \(expected \(256,\), found nothing\)"):
         our.Backbone(ModelConfig(), str(tmp_path / "resnet34.pth"))  # another shape under the same name, too
     torch.save({0: torch.ones(1)}, tmp_path / "numbers.pth")
     with pytest.raises(ConfigError, match="numbers.pth: holds no state dict"):
