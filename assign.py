@@ -11,7 +11,8 @@ A location is positive for a box iff
  1. it lies strictly inside the box -- with center sampling, strictly inside the square  centre +- radius * stride
     clipped to the box, since locations near a box's edge predict it badly;
  2. max(l, t, r, b) of the whole box is within the size range of the location's level, ends included: its farthest
-    side is at most 8 strides away, [-1, 64] [64, 128] [128, 256] [256, 512] [512, inf] for strides 8 .. 128.
+    side is 4 to 8 strides away, on the first level also less and on the last also more, which makes
+    [-1, 64] [64, 128] [128, 256] [256, 512] [512, inf] pixels for strides 8 .. 128.
 
 Where several boxes qualify the smallest area wins, and on equal areas the first box. Everything else is background.
 

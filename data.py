@@ -23,7 +23,7 @@ sentence with the remedy. What is doubtful (a box without area) is left out of t
 It exits with 0 where there is nothing to tell, with 1 where training leaves something out or something looks wrong, and
 with 2 where training cannot start.
 
-Letters: I images and A annotations of a split, N images of a batch, G boxes of an image, C classes.
+Letters: I images, A annotations and B boxes to learn of a split, N images of a batch, G boxes of an image, C classes.
 """
 
 import argparse
@@ -278,8 +278,8 @@ def brief(value) -> str:
 class Boxes(NamedTuple):
     """The boxes that can be learned, in flat arrays; those of image i are first[i] : first[i + 1]."""
     first: np.ndarray   # (I + 1,)
-    boxes: np.ndarray   # (A, 4) float32 xyxy pixels inside the image
-    labels: np.ndarray  # (A,) int64
+    boxes: np.ndarray   # (B, 4) float32 xyxy pixels inside the image
+    labels: np.ndarray  # (B,) int64
 
 
 def clip(annotations: Annotations) -> np.ndarray:
@@ -658,23 +658,24 @@ def count_locations(boxes: Boxes, sizes, after) -> tuple[np.ndarray, np.ndarray,
     """How many locations are positive for each box, and how many of them it keeps against smaller boxes.
 
     The rules are those at the top of assign.py, with center sampling of radius 1.5, applied to unflipped images of `sizes`
-    (I, 2) resized to `after` (I, 2). Returns claimed (A,), kept (A,), and the longer side of each box (A,).
+    (I, 2) resized to `after` (I, 2). Returns claimed (B,), kept (B,), and the longer side of each box (B,). P are the boxes
+    of a portion, K their claims.
     """
-    image = np.repeat(np.arange(len(sizes)), np.diff(boxes.first))                      # (A,)
-    box = boxes.boxes * np.tile((after / sizes)[:, ::-1], 2)[image].astype(np.float32)   # (A, 4)
-    start, end, middle = box[:, :2], box[:, 2:], (box[:, :2] + box[:, 2:]) / 2           # (A, 2): x, y
+    image = np.repeat(np.arange(len(sizes)), np.diff(boxes.first))                      # (B,)
+    box = boxes.boxes * np.tile((after / sizes)[:, ::-1], 2)[image].astype(np.float32)   # (B, 4)
+    start, end, middle = box[:, :2], box[:, 2:], (box[:, :2] + box[:, 2:]) / 2           # (B, 2): x, y
     order = np.lexsort(((end - start).prod(axis=1), image))                              # in an image, smallest first
     window = np.argwhere(np.ones((3, 3)))            # (9, 2): no other cell's centre is within 1.5 strides of the middle
     claimed, kept = np.zeros((2, len(box)), dtype=np.int64)
     edges = np.unique(np.searchsorted(boxes.first, np.arange(0, len(box), 50_000)))      # portions: memory stays small
-    for part in np.split(order, boxes.first[edges[1:]]):                                 # (B,)
+    for part in np.split(order, boxes.first[edges[1:]]):                                 # (P,)
         for level in range(5):
             stride, low, high = 8 << level, 32 << level if level else -1, 64 << level if level < 4 else np.inf
-            lower = np.maximum(start, middle - 1.5 * stride)[part, None]                  # (B, 1, 2)
+            lower = np.maximum(start, middle - 1.5 * stride)[part, None]                  # (P, 1, 2)
             upper = np.minimum(end, middle + 1.5 * stride)[part, None]
-            cell = np.floor(lower / stride + 0.5).astype(int) + window                    # (B, 9, 2)
+            cell = np.floor(lower / stride + 0.5).astype(int) + window                    # (P, 9, 2)
             centre = (cell + np.float32(0.5)) * stride
-            farthest = np.maximum(centre - start[part, None], end[part, None] - centre).max(axis=2)  # (B, 9): max(l, t, r, b)
+            farthest = np.maximum(centre - start[part, None], end[part, None] - centre).max(axis=2)  # (P, 9): max(l, t, r, b)
             positive = ((centre > lower) & (centre < upper)).all(axis=2) & (farthest >= low) & (farthest <= high)
             b, n = positive.nonzero()                                                     # (K,)
             _, winner = np.unique((image[part[b]] << 32) + (cell[b, n, 0] << 16) + cell[b, n, 1], return_index=True)
@@ -719,7 +720,8 @@ def describe(dataset: CocoDataset, short_side, long_side) -> str:
     return "\n".join(lines) + f"""
     No location learns {none:,d} boxes, too small or thin for every cell centre of the levels of their size, nor {covered:,d} more,
     whose locations all go to smaller boxes. Of all claims of boxes to locations {1 - kept.sum() / max(1, claimed.sum()):.1%} are lost to
-    smaller boxes (ambiguous locations). Center sampling of radius 1.5; images not flipped."""
+    smaller boxes (ambiguous locations). Center sampling of radius 1.5; images enlarged to that size, too, and not flipped; other
+    sizes: --short-side, --long-side."""
 
 
 def draw_batches(dataset: CocoDataset, images, path, short_side, long_side):

@@ -4,7 +4,7 @@ Three losses, summed. With P positive locations and N images, both counted over 
 processes, all accumulation steps), and w the centerness target of a positive location:
 
     cls         focal loss over all locations and classes           / (P + N)
-    box         w * one of the three losses below, over positives   / sum of w
+    box         w * one of the losses below, over positives         / sum of w
     centerness  binary cross-entropy to w, over positives           / P
 
     box losses, with I the intersection and U the union of prediction and target in pixels squared, and A the area
@@ -149,7 +149,8 @@ def plot(pen, left, top, title, highest, across, ticks, curves: dict[str, Tensor
         pen.line([(x, top), (x, top + 400)], "gainsboro", 2)
         pen.text((left - 10, y), f"{highest * i / 4:g}", "black", font, "rm")
         pen.text((x, top + 410), tick, "black", font, "ma")
-    for i, ((name, curve), (colour, width)) in enumerate(zip(curves.items(), CURVES)):
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, width = CURVES[i % len(CURVES)]
         pen.text((left + 170 * i, top - 22), name, colour, font, "ls")
         pen.line([(left + 520 * (k + 0.5) / len(curve), top + 400 - 400 * value / highest)
                   for k, value in enumerate(curve.tolist()) if value <= highest], colour, width, joint="curve")

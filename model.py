@@ -17,7 +17,8 @@ and also in training, which saves reading and writing every activation once more
     python model.py --export RUN/model.pt2                                  a detector that runs without this code
     python model.py --convert FILE --form fcos_plus --out model.pt          weights of another codebase
 
-Letters: N images, L locations over all levels (ordered as in assign.py), C classes, K candidates.
+Letters: N images, L locations over all levels (ordered as in assign.py), C classes, M locations of a level that are looked
+at, K candidates, D detections.
 """
 
 import argparse
@@ -54,6 +55,41 @@ class ConfigError(ValueError):
 def option(default, help, valid=">= 0"):
     """A field of a configuration that `train.py --help` documents. `valid`: of a number a key of LIMITS, of a text the choices."""
     return field(default=default, metadata={"help": help, "valid": valid})
+
+
+LIMITS = {  # what the numbers of an option must be: in words -> test
+    ">= 0": lambda *numbers: min(numbers) >= 0,
+    "> 0": lambda *numbers: min(numbers) > 0,
+    ">= 1": lambda *numbers: min(numbers) >= 1,
+    "in [0, 1]": lambda number: 0 <= number <= 1,
+    "in [0, 5]": lambda number: 0 <= number <= 5,
+    "a multiple of 8": lambda number: number > 0 and number % 8 == 0,
+    ">= 1, lower first": lambda low, high: 1 <= low <= high,
+}
+
+
+def check(config):
+    """A ConfigError for the first value that cannot be meant, be it from the command line, from a checkpoint or from code."""
+    for f in fields(config):
+        value, valid = getattr(config, f.name), f.metadata.get("valid")
+        numbers = [v for v in (value if type(value) is tuple else [value]) if type(v) in (int, float)]
+        finite = all(abs(v) < 2**32 if type(v) is int else math.isfinite(v) for v in numbers)
+        if not same_type(value, f.default):
+            must = f"be of type {f.type.__name__}"
+        elif type(valid) is tuple and value not in valid:
+            must = f"be one of {', '.join(valid)}"
+        elif numbers and not (finite and LIMITS[valid](*numbers)):
+            must = f"be {valid}" + ", finite, and if whole below 2 ** 32" * (not finite)
+        else:
+            continue
+        raise ConfigError(f"--{f.name.replace('_', '-')} {value!r:.80}: must {must} ({f.metadata.get('help')})")
+
+
+def same_type(value, default) -> bool:
+    """Whether a value is of the type of a field's default; a whole number is a number, too."""
+    if type(value) is tuple is type(default):
+        return len(value) == len(default) and all(map(same_type, value, default))
+    return type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
 @dataclass(frozen=True)
@@ -98,9 +134,9 @@ class Outputs(NamedTuple):
 
 class Detections(NamedTuple):
     """The objects found in one image, best first."""
-    boxes: Tensor   # (K, 4) xyxy pixels of the resized image
-    scores: Tensor  # (K,)
-    labels: Tensor  # (K,) int64 in [0, C)
+    boxes: Tensor   # (D, 4) xyxy pixels of the resized image
+    scores: Tensor  # (D,)
+    labels: Tensor  # (D,) int64 in [0, C)
 
 
 # --- backbone ---------------------------------------------------------------------------------------------------------
@@ -265,7 +301,7 @@ class FCOS(nn.Module):
         """
         x = self.normalize(images, image_sizes)                            # (N, 3, H, W)
         c3, c4, c5 = self.backbone(x)
-        pyramid = self.fpn({"p3": c3, "p4": c4, "p5": c5}).values()        # 5 x (N, channels, H/s, W/s)
+        pyramid = self.fpn({"p3": c3, "p4": c4, "p5": c5}).values()        # 5 x (N, channels, ceil(H/s), ceil(W/s))
         logits, ltrb, centerness = [], [], []
         for p, stride, scale in zip(pyramid, STRIDES, self.scales):
             level_logits, level_box, level_centerness = self.head(p)
@@ -410,7 +446,7 @@ class Detector:
 
     @torch.inference_mode()
     def candidates(self, images, image_sizes):
-        """See `candidates`; on the device."""
+        """What the function `candidates` finds in images, on the device."""
         images, image_sizes = images.to(self.device, non_blocking=True), image_sizes.to(self.device, non_blocking=True)
         locations = make_locations(*images.shape[2:], offset=self.config.location_offset, device=self.device)
         return candidates(self.model(images, image_sizes), locations, image_sizes, self.config)
@@ -753,42 +789,7 @@ def describe(config: ModelConfig, height: int, width: int) -> str:
     return "\n".join(lines)
 
 
-# --- configurations: limits and command line --------------------------------------------------------------------------
-
-LIMITS = {  # what the numbers of an option must be: in words -> test
-    ">= 0": lambda *numbers: min(numbers) >= 0,
-    "> 0": lambda *numbers: min(numbers) > 0,
-    ">= 1": lambda *numbers: min(numbers) >= 1,
-    "in [0, 1]": lambda number: 0 <= number <= 1,
-    "in [0, 5]": lambda number: 0 <= number <= 5,
-    "a multiple of 8": lambda number: number > 0 and number % 8 == 0,
-    ">= 1, lower first": lambda low, high: 1 <= low <= high,
-}
-
-
-def check(config):
-    """A ConfigError for the first value that cannot be meant, be it from the command line, from a checkpoint or from code."""
-    for f in fields(config):
-        value, valid = getattr(config, f.name), f.metadata.get("valid")
-        numbers = [v for v in (value if type(value) is tuple else [value]) if type(v) in (int, float)]
-        finite = all(abs(v) < 2**32 if type(v) is int else math.isfinite(v) for v in numbers)
-        if not same_type(value, f.default):
-            must = f"be of type {f.type.__name__}"
-        elif type(valid) is tuple and value not in valid:
-            must = f"be one of {', '.join(valid)}"
-        elif numbers and not (finite and LIMITS[valid](*numbers)):
-            must = f"be {valid}" + ", finite, and if whole below 2 ** 32" * (not finite)
-        else:
-            continue
-        raise ConfigError(f"--{f.name.replace('_', '-')} {value!r:.80}: must {must} ({f.metadata.get('help')})")
-
-
-def same_type(value, default) -> bool:
-    """Whether a value is of the type of a field's default; a whole number is a number, too."""
-    if type(value) is tuple is type(default):
-        return len(value) == len(default) and all(map(same_type, value, default))
-    return type(value) is type(default) or (type(value), type(default)) == (int, float)
-
+# --- configurations on the command line -------------------------------------------------------------------------------
 
 def add_options(parser, config, without=None):
     """Give argparse an option for every field of a configuration. `given` reads them."""

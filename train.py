@@ -7,7 +7,7 @@
     python train.py --plot runs/demo runs/other                             loss and AP curves over one another
     python train.py --help                                                  every option, with unit and default
 
-One global batch (16 images) makes a step, however it is split over processes and accumulation steps:
+One global batch (16 images; the demo: 4) makes a step, however it is split over processes and accumulation steps:
 
  1. the sampler decides what step s sees, from the seed and s alone (data.py);
  2. targets are assigned, and the denominators of the losses added up over all parts of the batch and all processes;
@@ -100,14 +100,15 @@ center = dict(center_radius=1.5)
 fcos_R_50_FPN_1x_center = replace(fcos_R_50_FPN_1x, **center)
 fcos_R_101_FPN_2x = replace(fcos_R_50_FPN_1x, model=ModelConfig(backbone="resnet101"), steps=180_000, train_short_sides=(640, 800))
 fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou", model=ModelConfig(**IMPROVED))
+# Small enough for two CPU cores. It learns from random weights, hence GroupNorm, nothing frozen, and AdamW.
+demo = TrainConfig(
+    model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
+                      short_side=280, long_side=440, enlarge=False, **IMPROVED),
+    data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
+    lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0,
+    num_workers=0, eval_every=200)
 PRESETS = {
-    # Small enough for two CPU cores. It learns from random weights, hence GroupNorm, nothing frozen, and AdamW.
-    "demo": TrainConfig(
-        model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
-                          short_side=280, long_side=440, enlarge=False, **IMPROVED),
-        data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
-        lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0,
-        num_workers=0, eval_every=200),
+    "demo": demo,
     "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
     "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
     "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),

@@ -33,6 +33,5 @@ def test_the_lines_that_a_worked_modification_changes_are_there():
     assert len(blocks) == 5
     for path, block in blocks:
         source = (ROOT / path).read_text()
-        for line in block.splitlines():
-            if line[0] in "- ":
-                assert line[1:].removesuffix("...").rstrip() in source, (path, line)
+        before, after = ([line[1:].removesuffix("...").rstrip() for line in block.splitlines() if line[0] in signs] for signs in ("- ", "+ "))
+        assert any(all(line in source for line in lines) for lines in (before, after)), (path, block)  # after: it was applied
