@@ -678,9 +678,10 @@ def count_locations(boxes: Boxes, sizes, after) -> tuple[np.ndarray, np.ndarray,
             farthest = np.maximum(centre - start[part, None], end[part, None] - centre).max(axis=2)  # (P, 9): max(l, t, r, b)
             positive = ((centre > lower) & (centre < upper)).all(axis=2) & (farthest >= low) & (farthest <= high)
             b, n = positive.nonzero()                                                     # (K,)
+            # Of those who claim a cell the first wins, which is the smallest.
             _, winner = np.unique((image[part[b]] << 32) + (cell[b, n, 0] << 16) + cell[b, n, 1], return_index=True)
             claimed[part] += positive.sum(axis=1)
-            kept[part] += np.bincount(b[winner], minlength=len(part))                     # the first, hence smallest
+            kept[part] += np.bincount(b[winner], minlength=len(part))
     return claimed, kept, (end - start).max(axis=1)
 
 
@@ -734,9 +735,9 @@ def draw_batches(dataset: CocoDataset, images, path, short_side, long_side):
     for step in range(3):
         batch = dataset[sampler.global_batch(step)]
         scale = 320 / batch.images.shape[3]
-        resized = transforms.resize(batch.images, [round(batch.images.shape[2] * scale), 320], antialias=True)
+        small = transforms.resize(batch.images, [round(batch.images.shape[2] * scale), 320], antialias=True)
         tiles = [draw_boxes(image, boxes * scale, labels.tolist(), [names[label] for label in labels])
-                 for image, boxes, labels in zip(resized, batch.boxes, batch.labels)]
+                 for image, boxes, labels in zip(small, batch.boxes, batch.labels)]
         rows.append(make_grid(tiles, padding=3, pad_value=255))                             # (3, h, w)
     transforms.to_pil_image(torch.cat(rows, dim=1)).save(path)
     print(f"  3 batches of 4 as the network would see them, with sizes of 80% to 100%: {path}")

@@ -201,7 +201,8 @@ def fold_frozen_norms(resnet):
     """Replace every convolution and the frozen BatchNorm behind it by one FrozenNormConv2d, in place."""
     for name, norm in list(resnet.named_modules()):
         if isinstance(norm, torchvision.ops.FrozenBatchNorm2d):
-            resnet.set_submodule(conv_before(name), FrozenNormConv2d(resnet.get_submodule(conv_before(name)), norm))
+            conv = conv_before(name)
+            resnet.set_submodule(conv, FrozenNormConv2d(resnet.get_submodule(conv), norm))
             resnet.set_submodule(name, nn.Identity())
 
 
