@@ -6,63 +6,82 @@ RUN       ?=
 WEIGHTS   ?=
 IMAGES    ?=
 ARGS      ?=
-COMMA     := ,
-GPUS      ?= $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES))),$(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null))))
 NNODES    ?= 1
 NODE_RANK ?= 0
-MASTER    ?=
+MASTER    ?= $(error name the first machine: MASTER=host:port)
 VENV      := .venv
+TORCHVISION := runs/torchvision/model.pt
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/ready
 endif
 
-# One process for a CPU or one GPU, torchrun for more; GPUS=0 hides the GPUs.
-LAUNCH = $(if $(filter 0,$(GPUS)),CUDA_VISIBLE_DEVICES= )$(PYTHON)
+# Quoted for the shell: folders may have spaces.
+quote = '$(subst ','\'',$(1))'
+option = $(if $(2),$(1) $(call quote,$(2)))
+
+# One process for a CPU or one GPU, torchrun for more; GPUS=0 hides the GPUs. Unless GPUS is given,
+# all visible ones that share the preset's batch evenly.
+ifeq ($(origin GPUS), undefined)
+COMMA   := ,
+VISIBLE := $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES))),$(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null))))
+GPUS     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(shell $(PYTHON) -c "import math, train; print(math.gcd($(VISIBLE), train.PRESETS['$(MODEL)'].batch_size))"))
+endif
+TORCHRUN = $(PYTHON) -m torch.distributed.run --nproc-per-node $(GPUS)
+LAUNCH   = $(if $(filter 0,$(GPUS)),CUDA_VISIBLE_DEVICES= $(PYTHON),$(if $(filter 1,$(GPUS)),$(PYTHON),$(TORCHRUN) --standalone))
 ifneq ($(NNODES), 1)
-LAUNCH = $(PYTHON) -m torch.distributed.run --nnodes $(NNODES) --node-rank $(NODE_RANK) --nproc-per-node $(GPUS) --rdzv-backend c10d --rdzv-endpoint $(MASTER)
-else ifneq ($(filter-out 0 1,$(GPUS)),)
-LAUNCH = $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(GPUS)
+LAUNCH   = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) --rdzv-backend c10d --rdzv-endpoint $(MASTER)
 endif
 
-# What eval and predict take up: WEIGHTS, else RUN, else the last run trained.
+# What eval, predict, plots and export take: WEIGHTS, else RUN, else the last run trained.
 LAST   = $(patsubst %/,%,$(dir $(firstword $(shell ls -t runs/*/checkpoint-*.pt 2>/dev/null))))
-CHOSEN = $(or $(WEIGHTS),$(RUN),$(LAST),$(error no run in runs/ yet: make train first, or name one with RUN=... or WEIGHTS=...))
+CHOSEN = $(call quote,$(or $(WEIGHTS),$(RUN),$(LAST),$(error no run in runs/ yet: make train first, or name one with RUN=... or WEIGHTS=...)))
+FOLDER = $(call quote,$(or $(DATA),$(error name a COCO-format folder: DATA=...)))
 
-.PHONY: help train resume eval predict check test test-gpu bench clean
+.PHONY: help train resume eval predict check plots export test test-gpu bench clean distclean
 help:
-	@echo "make train    train MODEL on DATA into RUN, then evaluate (no variable: a demo on generated data, 5 minutes on a CPU)"
+	@echo "make train    train MODEL on DATA into RUN, then evaluate (default: the demo on generated data)"
 	@echo "make resume   go on with RUN after an interruption"
 	@echo "make eval     COCO figures of RUN (default: the last run trained) on its validation split"
 	@echo "make predict  draw the objects found in IMAGES=\"a.jpg folder/\""
-	@echo "make check    what is in DATA, and what training would stumble over"
-	@echo "make test     all tests that need no GPU; make test-gpu: those that do; make bench: speed against the peers"
+	@echo "make check    what is in DATA, and what training MODEL would do with it"
+	@echo "make plots    curves of RUN, and its best, worst and wrong images"
+	@echo "make export   RUN as a .pt2 file that runs without this code"
+	@echo "make test     all tests that need no GPU; make test-gpu: those that do; make bench: speed"
+	@echo "make clean    remove caches; make distclean: the virtual environment as well"
 	@echo
 	@echo "MODEL=$(MODEL)   preset; python train.py --help lists them all"
 	@echo "DATA=    COCO-format folder (annotations/instances_<split>.json, <split>/*.jpg)"
-	@echo "RUN=     folder of the run (default: runs/MODEL)"
-	@echo "WEIGHTS= run folder, checkpoint or torchvision (its published FCOS) to evaluate or predict with (default: RUN)"
-	@echo "GPUS=$(GPUS)   processes, one a GPU (default: all visible; 0: CPU)"
-	@echo "NNODES=1 NODE_RANK=0 MASTER=host:port   for several machines"
+	@echo "RUN=     run folder (default: runs/MODEL)"
+	@echo "WEIGHTS= run folder or checkpoint to use (default: RUN); $(TORCHVISION) is"
+	@echo "         torchvision's published FCOS, made when it is first asked for"
+	@echo "GPUS=    processes, one a GPU (default: all visible that share the batch evenly; 0: CPU)"
+	@echo "NNODES=1 NODE_RANK=0 MASTER=host:port   for several machines, which share the run folder"
 	@echo "ARGS=    more options, such as ARGS=\"--batch-size 8 --lr 0.005\""
 	@echo "PYTHON=  an interpreter that has the packages, instead of $(VENV)"
 
-train: $(READY)
-	$(LAUNCH) train.py $(MODEL) $(if $(DATA),--data $(DATA)) $(if $(RUN),--run-dir $(RUN)) $(ARGS)
+train: $(READY) $(if $(DATA),,runs/shapes/annotations/instances_val.json)
+	$(LAUNCH) train.py $(MODEL) --data $(call quote,$(or $(DATA),runs/shapes)) $(call option,--run-dir,$(RUN)) $(ARGS)
 
 resume: $(READY)
-	$(LAUNCH) train.py --resume --run-dir $(or $(RUN),$(LAST)) $(ARGS)
+	$(LAUNCH) train.py --resume --run-dir $(call quote,$(or $(RUN),$(LAST),$(error no run in runs/ yet: name one with RUN=...))) $(ARGS)
 
-eval: $(READY)
-	$(LAUNCH) evaluate.py $(CHOSEN) $(if $(DATA),--data $(DATA)) $(ARGS)
+eval: $(READY) $(filter $(TORCHVISION),$(WEIGHTS))
+	$(LAUNCH) evaluate.py $(CHOSEN) $(call option,--data,$(DATA)) $(ARGS)
 
-predict: $(READY)
+predict: $(READY) $(filter $(TORCHVISION),$(WEIGHTS))
 	$(if $(IMAGES),,$(error name pictures: make predict IMAGES="a.jpg folder/"))
-	$(PYTHON) evaluate.py $(CHOSEN) --images $(IMAGES) $(ARGS)
+	$(PYTHON) evaluate.py $(CHOSEN) --images $(foreach name,$(IMAGES),$(call quote,$(name))) $(ARGS)
 
 check: $(READY)
-	$(PYTHON) data.py $(or $(DATA),$(error name a COCO-format folder: make check DATA=...)) $(ARGS)
+	$(PYTHON) tools/check_data.py $(FOLDER) $(MODEL) $(ARGS)
+
+plots: $(READY)
+	$(PYTHON) tools/plots.py curves $(CHOSEN) && $(PYTHON) tools/plots.py evaluation $(CHOSEN) $(ARGS)
+
+export: $(READY)
+	$(PYTHON) tools/export.py $(CHOSEN) $(ARGS)
 
 test: $(READY)
 	$(PYTHON) -m pytest -q tests
@@ -71,12 +90,21 @@ test-gpu: $(READY)
 	$(PYTHON) -m pytest -q tests/test_csrc.py tests/test_model.py -rs
 
 bench: $(READY)
-	$(PYTHON) tests/benchmark.py $(ARGS)
+	$(PYTHON) tools/benchmark.py $(ARGS)
 
 $(VENV)/ready: requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement requirements.txt
 	touch $@
 
+runs/shapes/annotations/instances_val.json: | $(READY)
+	$(PYTHON) tools/make_shapes.py runs/shapes
+
+$(TORCHVISION): | $(READY)
+	$(PYTHON) tools/import_weights.py torchvision --form torchvision --out $@
+
 clean:
-	rm -rf $(VENV) __pycache__ */__pycache__ .pytest_cache
+	rm -rf __pycache__ */__pycache__ .pytest_cache runs/check
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,26 +1,33 @@
 """evaluate.py: how good is a detector, and what does it see?
 
-    python evaluate.py RUN                            COCO figures on the validation split that RUN trained with
-    python evaluate.py CHECKPOINT.pt --data DIR       the same, of one file, on other data with the same categories
-    python evaluate.py RUN --images a.jpg folder/     detections on pictures of one's own
-    python evaluate.py RUN --tta                      with test-time augmentation: several sizes, mirrored or not, merged
-    python evaluate.py torchvision --data DIR         torchvision's published FCOS, through this code
-    torchrun --standalone --nproc-per-node 8 evaluate.py RUN    shared out: every image once, the same figures
+    python evaluate.py RUN                          COCO figures on the run's validation split
+    python evaluate.py CHECKPOINT.pt --data DIR     the same, of one file, on other data
+    python evaluate.py RUN --images a.jpg folder/   detections in your own images
+    python evaluate.py RUN --tta                    test-time augmentation: 9 sizes, flipped or not
+    torchrun --standalone --nproc-per-node 8 evaluate.py RUN      every image once, same figures
 
-A checkpoint carries its configuration and categories, so that nothing else is needed. Average precision is
-pycocotools'. The average over IoU thresholds 0.50, 0.55, .. 0.95 is "AP"; AP50 demands an IoU of 0.5 alone.
+and in Python:
 
-Letters: K detections or boxes.
+    detector = load_detector("runs/demo")
+    for box, score, name in detector("street.jpg", threshold=0.3):
+        print(name, score, box)
+
+Figures are pycocotools'. "AP" is the average over the IoU thresholds 0.50, 0.55, .. 0.95; "AP50"
+is at 0.5 alone.
+
+Letters: N images of a batch, K detections, I images of a split.
 """
 
 import argparse
 import contextlib
+import copy
 import io
-import itertools
 import json
 import os
 import sys
 import time
+from collections import OrderedDict
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -28,46 +35,45 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 import data
-from data import Annotations, CocoDataset, DataError
-from model import ConfigError, Detections, Detector, ModelConfig, build_detector, cut, load_checkpoint, suppress
+from assign import make_locations
+from data import Annotations, CocoDataset, UserError
+from model import (FCOS, Detections, atomic_write, build_model, candidates, fold_frozen_norms,
+                   load_checkpoint, suppress, unpad)
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
-           "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large")  # the order of COCOeval.stats
-TTA_SCALES = tuple(n / 8 for n in range(4, 13))  # of the usual size: short sides of 400, 500, .. 1200 for one of 800
+FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR 1", "AR 10", "AR 100",
+           "AR small", "AR medium", "AR large")     # the order of COCOeval.stats
+TTA_SCALES = tuple(n / 8 for n in range(4, 13))     # of the usual size: 400, 500, .. 1200 for 800
+MAX_GRAPHS = 16                                     # CUDA graphs that a detector keeps
+
+# --- processes ----------------------------------------------------------------------------------
+
+_store = None  # shared by the processes
 
 
-class Results(NamedTuple):
-    """Detections of many images."""
-    image_ids: np.ndarray  # (K,)
-    boxes: np.ndarray      # (K, 4) float32 xyxy pixels of the original image
-    scores: np.ndarray     # (K,) float32
-    labels: np.ndarray     # (K,) index in the detector's categories
-
-
-NOTHING = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-
-# --- detection over a data set ----------------------------------------------------------------------------------------
-
-def join_process_group() -> torch.device:
-    """Find the other processes that torchrun started, if it did. Returns the device of this one."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+def init_distributed() -> torch.device:
+    """Join the processes that torchrun started, if it did. Returns this process's device."""
+    global _store
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True    # few canvases: the search for the best kernel pays
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if "RANK" in os.environ:
-        # Under a key of its own: else a restarted process finds the addresses that its dead predecessors left.
+        # A key of its own: a restarted process must not find the addresses of the dead ones.
         store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timedelta(hours=1))  # the others wait while one process computes COCO figures
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        _store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world,
+                                timeout=timedelta(hours=1))  # while rank 0 evaluates
     return device
 
 
@@ -76,103 +82,270 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_workers=0, tta=False) -> Results | None:
-    """Detections in every image of a data set; in a process group shared out, and returned to rank 0 alone."""
+def print0(text, transient=False):
+    """Print in rank 0. A transient line rewrites itself in a terminal, and is dropped in a file."""
+    if rank_and_world()[0] == 0:
+        if sys.stdout.isatty():
+            print(f"\r{text}\x1b[K", end="" if transient else "\n", flush=True)
+        elif not transient:
+            print(text, flush=True)
+
+
+def run_program(main):
+    """Run a command-line program; a UserError ends it with one sentence and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a class name may not fit the terminal
+    try:
+        main()
+    except (UserError, OSError) as error:
+        first = True
+        with contextlib.suppress(RuntimeError):  # processes often fail alike: one message is enough
+            first = _store is None or _store.add("failed", 1) == 1
+        sys.exit(f"error: {error}" if first else 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"error: out of memory ({reason}); lower the number of images at once "
+                 "(--batch-size, --microbatch) or their size")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On a CPU, PyTorch raises a plain RuntimeError."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(error))
+
+
+# --- the detector -------------------------------------------------------------------------------
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """What the network computes in. "auto": bfloat16 where the hardware has instructions for it."""
+    if precision == "auto" and device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = has.get("avx512_bf16") or has.get("amx_bf16")
+    return torch.bfloat16 if precision == "bf16" or precision == "auto" and fast else torch.float32
+
+
+@dataclass
+class NamedDetections:
+    """The objects in one image, best first. Iterating gives (box, score, name)."""
+    boxes: Tensor     # (K, 4) xyxy in the image's own pixels
+    scores: Tensor    # (K,)
+    labels: Tensor    # (K,) index of the category
+    names: list[str]  # K
+
+    def __iter__(self):
+        return zip(self.boxes.tolist(), self.scores.tolist(), self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+class Detector:
+    """A trained model made fast for inference: norms folded, weights in the precision, and on a
+    GPU a CUDA graph for every shape of input that comes a third time."""
+
+    def __init__(self, model: FCOS, names: list[str], device, precision: str = "auto"):
+        self.config, self.names, self.device = model.config, names, torch.device(device)
+        dtype = dtype_of(precision, self.device)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        fold_frozen_norms(self.model)
+        for part in (self.model.backbone, self.model.fpn, self.model.head):
+            part.to(dtype)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.seen, self.graphs, self.pool = {}, OrderedDict(), None
+
+    @torch.no_grad()
+    def __call__(self, image, threshold: float = 0.0, tta: bool = False):
+        """The objects with a score of at least `threshold` in an image, in its own pixels.
+
+        `image`: a path, PIL image, numpy array (H, W, 3) or tensor (3, H, W), RGB uint8, of any
+        size; or a list of them, for a list of NamedDetections.
+        """
+        if isinstance(image, (list, tuple)):
+            return [self(one, threshold, tta) for one in image]
+        image = as_tensor(image)                                                   # (3, H, W)
+        config, size = self.config, tuple(image.shape[1:])
+        sizes = dict.fromkeys(
+            data.resized(*size, config.short_side * s, config.long_side * s, config.enlarge)
+            for s in (TTA_SCALES if tta else (1,)))
+        found = []
+        for h, w in sizes:
+            for flip in (False, True) if tta else (False,):
+                canvas = data.blank(1, *data.canvas_for([(h, w)]))                 # (1, 3, H', W')
+                resized = data.resize(image, (h, w))
+                canvas[0, :, :h, :w] = resized.flip(2) if flip else resized
+                boxes, scores, labels = self.candidates(canvas, torch.tensor([(h, w)]))
+                boxes = data.mirror(boxes, w) if flip else boxes
+                found.append((self.to_image(boxes, (h, w), size), scores, labels))
+        merged = suppress(*(torch.cat(x, dim=1) for x in zip(*found)), config)
+        (d,) = unpad(*(x.cpu() for x in merged))
+        keep = d.scores >= threshold
+        labels = d.labels[keep]
+        return NamedDetections(d.boxes[keep], d.scores[keep], labels,
+                               [self.names[label] for label in labels])
+
+    @torch.no_grad()
+    def detect_batch(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+        """Detections in pixels of the canvas, on the CPU. images (N, 3, H, W), sizes (N, 2)."""
+        found = suppress(*self.candidates(images, sizes), self.config)
+        return unpad(*(x.cpu() for x in found))
+
+    def to_image(self, boxes: Tensor, size, original) -> Tensor:
+        """Boxes (..., 4) in an image resized to `size`, in pixels of the `original` size."""
+        scale = boxes.new_tensor([original[1] / size[1], original[0] / size[0]]).repeat(2)
+        boxes = boxes * scale
+        if self.config.inclusive_boxes:  # the last pixel belongs to the box
+            edge = boxes.new_tensor([original[1], original[0]])
+            boxes = torch.cat([boxes[..., :2], torch.minimum(boxes[..., 2:] + 1, edge)], dim=-1)
+        return boxes
+
+    def candidates(self, images, sizes):
+        """`model.candidates` of a batch, on the device; replayed from a CUDA graph if there is one.
+
+        Graphs hide the host time of a thousand launches, so they serve small batches; capturing
+        one takes as long as several calls, so it waits for the third of a shape.
+        """
+        shape = tuple(images.shape)
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if self.device.type != "cuda" or len(images) > 4 or self.seen[shape] < 3:
+            return self._candidates(images.to(self.device, non_blocking=True),
+                                    sizes.to(self.device, non_blocking=True))
+        if shape not in self.graphs:
+            inputs = [torch.empty_like(x, device=self.device) for x in (images, sizes)]
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                found = self._candidates(*inputs)  # thread_local: the loader pins memory meanwhile
+            self.graphs[shape] = graph, inputs, found, self._locations(shape)
+        self.graphs.move_to_end(shape)
+        if len(self.graphs) > MAX_GRAPHS:
+            self.graphs.popitem(last=False)  # the least recently used one
+        graph, inputs, found, _ = self.graphs[shape]
+        for x, new in zip(inputs, (images, sizes)):
+            x.copy_(new, non_blocking=True)
+        graph.replay()
+        return tuple(x.clone() for x in found)  # the next replay writes there
+
+    def _candidates(self, images, sizes):
+        outputs = self.model(images, sizes)
+        return candidates(outputs, self._locations(images.shape), sizes, self.config)
+
+    def _locations(self, shape):
+        offset = self.config.location_offset
+        return make_locations(*shape[2:], offset=offset, device=self.device)
+
+
+def load_detector(path, device=None, precision: str = "auto") -> Detector:
+    """The trained detector of a run folder or a checkpoint file, on the GPU if there is one."""
+    checkpoint = load_checkpoint(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = checkpoint["categories"]["names"]
+    return Detector(build_model(checkpoint, path), names, device, precision)
+
+
+def as_tensor(image) -> Tensor:
+    """A path, PIL image, array (H, W, 3) or tensor (3, H, W) as a uint8 RGB tensor (3, H, W)."""
+    if isinstance(image, (str, os.PathLike)):
+        return data.load_image(image, apply_exif=True)
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.ndim == 3:
+        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or \
+            image.dtype != torch.uint8:
+        got = f"{type(image).__name__} of {getattr(image, 'dtype', '?')}"
+        raise UserError(f"image is a {got}, {getattr(image, 'shape', '?')}: must be a path, a "
+                        "PIL image, an array (H, W, 3) or a tensor (3, H, W) of uint8 RGB")
+    return image
+
+
+# --- detection over a data set ------------------------------------------------------------------
+
+class Results(NamedTuple):
+    """Detections in many images."""
+    image_ids: np.ndarray  # (K,)
+    boxes: np.ndarray      # (K, 4) float32 xyxy pixels of the original image
+    scores: np.ndarray     # (K,) float32
+    labels: np.ndarray     # (K,) index of the category
+
+
+NOTHING = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32),
+                  np.zeros(0, np.int64))
+
+
+def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_workers=0,
+               tta=False) -> Results | None:
+    """Detections in every image of a split. Processes share the images; rank 0 gets the results."""
     rank, world = rank_and_world()
-    config, sizes, image_ids = detector.config, dataset.annotations.sizes, dataset.annotations.image_ids
-    batch_size = 1 if tta else batch_size
-    batches = data.evaluation_batches(sizes, batch_size, config.short_side, config.long_side, config.enlarge)[rank::world]
+    config, annotations = detector.config, dataset.annotations
+    requests = data.evaluation_batches(annotations.sizes, 1 if tta else batch_size,
+                                       config.short_side, config.long_side, config.enlarge)
+    requests = requests[rank::world]
 
     def detections():
-        """Of one image after another: its index, and the objects in its own pixels."""
         if tta:
-            for request in itertools.chain(*batches):
-                yield request.index, detect_in_image(detector, dataset.image(request.index), tta)
+            for (request,) in requests:
+                yield request.index, detector(dataset.image(request.index), tta=True)
             return
-        for batch in data.load(dataset, batches, num_workers, pin_memory=detector.device.type == "cuda"):
-            for index, size, d in zip(batch.indices.tolist(), batch.sizes.tolist(), detector(batch.images, batch.sizes)):
-                yield index, d._replace(boxes=d.boxes * ratio(sizes[index], size))
+        pin_memory = detector.device.type == "cuda"
+        for batch in data.batches(dataset, requests, num_workers, pin_memory):
+            found = detector.detect_batch(batch.images, batch.sizes)
+            for index, size, d in zip(batch.indices, batch.sizes.tolist(), found):
+                boxes = detector.to_image(d.boxes, size, annotations.sizes[index].tolist())
+                yield index, d._replace(boxes=boxes)
 
-    found, share, start = [NOTHING], sum(map(len, batches)), time.time()
+    found, total, start = [NOTHING], sum(map(len, requests)), time.monotonic()
     for done, (index, d) in enumerate(detections(), start=1):
-        found.append(Results(np.full(len(d.scores), image_ids[index]), *(x.numpy() for x in d)))
-        if rank == 0:
-            text = f"evaluating: {done} of {share} images{' of this process' * (world > 1)}, {time.time() - start:.0f} s"
-            show_progress(text, last=done == share)
-    results = Results(*(np.concatenate(part) for part in zip(*found)))
+        ids = np.full(len(d.scores), annotations.image_ids[index])
+        found.append(Results(ids, d.boxes.numpy(), d.scores.numpy(), d.labels.numpy()))
+        seconds = time.monotonic() - start
+        print0(f"evaluating: {done} of {total} images, {seconds:.0f} s", transient=done < total)
+    results = Results(*(np.concatenate(x) for x in zip(*found)))
     if world == 1:
         return results
     gathered = [None] * world if rank == 0 else None
     dist.gather_object(results, gathered)
-    return Results(*(np.concatenate(part) for part in zip(*gathered))) if rank == 0 else None
+    return Results(*(np.concatenate(x) for x in zip(*gathered))) if rank == 0 else None
 
 
-def detect_in_image(detector: Detector, image: Tensor, tta=False) -> Detections:
-    """The objects in an image (3, h, w) uint8, in its pixels.
+# --- COCO figures -------------------------------------------------------------------------------
 
-    With test-time augmentation, the candidates of all sizes, mirrored or not, go through one NMS together.
+def coco_evaluation(annotations: Annotations, results: Results):
+    """pycocotools' COCOeval, evaluated. Annotations are numbered from 1: id 0 never matches.
+
+    A faulty box becomes one that nothing can hit: with a NaN, everything would.
     """
-    config, (h0, w0) = detector.config, image.shape[1:]
-    sizes = [data.resized(h0, w0, config.short_side * scale, config.long_side * scale, config.enlarge)
-             for scale in (TTA_SCALES if tta else (1,))]
-    found = []
-    for size in dict.fromkeys(sizes):
-        for flip in (False, True) if tta else (False,):
-            (request,) = data.requests([0], [flip], [size])
-            canvas = data.blank(1, *request.canvas)
-            data.place(image, request, canvas[0])
-            boxes, scores, labels = detector.candidates(canvas, torch.tensor([size]))       # (1, K, 4), (1, K), (1, K)
-            if flip:
-                x0, y0, x1, y1 = boxes.unbind(-1)
-                boxes = torch.stack([size[1] - x1, y0, size[1] - x0, y1], dim=-1)
-            found.append((boxes * ratio((h0, w0), size).to(boxes.device), scores, labels))
-    merged = suppress(*(torch.cat(part, dim=1) for part in zip(*found)), config)
-    (detections,) = cut(*(x.cpu() for x in merged))
-    return detections
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
-
-def ratio(size, before) -> Tensor:
-    """What takes boxes in an image resized to `before` to boxes in one of `size` (both height, width): (4,)."""
-    return torch.tensor([size[1] / before[1], size[0] / before[0]]).repeat(2)
-
-
-def show_progress(text, last):
-    """In a terminal a line that rewrites itself; in a file only the last."""
-    if sys.stdout.isatty():
-        print(f"\r{text}\x1b[K", end="\n" if last else "", flush=True)
-    elif last:
-        print(text, flush=True)
-
-
-# --- COCO figures -----------------------------------------------------------------------------------------------------
-
-def coco_evaluation(annotations: Annotations, results: Results) -> COCOeval:
-    """pycocotools' verdict on detections. Annotations are numbered from 1 here: an id of 0 would never match."""
-    a, truth, found = annotations, COCO(), coco_results(results, annotations.category_ids)
-    columns = (a.image_ids[a.image], np.array(a.category_ids)[a.labels], to_xywh(a.boxes), a.areas, a.crowd.astype(int))
-    rows = zip(*(column.tolist() for column in columns))
-    truth.dataset = {"info": {}, "images": [{"id": i} for i in a.image_ids.tolist()],
-                     "categories": [{"id": i} for i in a.category_ids],
-                     "annotations": [dict(id=n, image_id=image, category_id=category, bbox=box, area=area, iscrowd=crowd)
-                                     for n, (image, category, box, area, crowd) in enumerate(rows, start=1)]}
+    a = annotations
+    boxes = np.where(data.learnable(a)[:, None], a.boxes, -1.0)
+    rows = zip(a.image_ids[a.image].tolist(), np.array(a.category_ids)[a.labels].tolist(),
+               to_xywh(boxes).tolist(), a.areas.tolist(), a.crowd.astype(int).tolist())
+    truth = COCO()
+    truth.dataset = {
+        "info": {}, "images": [{"id": i} for i in a.image_ids.tolist()],
+        "categories": [{"id": i} for i in a.category_ids],
+        "annotations": [dict(id=n, image_id=image, category_id=category, bbox=box, area=area,
+                             iscrowd=crowd)
+                        for n, (image, category, box, area, crowd) in enumerate(rows, start=1)]}
+    found = coco_results(results, a.category_ids)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools narrates
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), "bbox")  # loadRes refuses an empty list
+        # loadRes refuses an empty list
+        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
-
-
-def coco_metrics(evaluation: COCOeval, annotations: Annotations, results: Results) -> dict:
-    """The 12 COCO figures, and AP, AP50 and counts of each class. -1 stands where there is no ground truth."""
-    a, classes = annotations, []
-    precision = evaluation.eval["precision"][..., 0, -1]  # (10 thresholds, 101 recalls, C); all areas, 100 detections
-    for label, name in enumerate(a.category_names):
-        of_class = precision[:, :, label]
-        classes.append({"name": name, "AP": float(of_class.mean()), "AP50": float(of_class[0].mean()),
-                        "boxes": int((a.labels[~a.crowd] == label).sum()), "detections": int((results.labels == label).sum())})
-    return {"figures": dict(zip(FIGURES, evaluation.stats.tolist())), "classes": classes}
 
 
 def to_xywh(boxes):
@@ -181,304 +354,260 @@ def to_xywh(boxes):
 
 def coco_results(results: Results, category_ids) -> list[dict]:
     """Detections in the COCO results format."""
-    return [dict(image_id=i, category_id=category_ids[label], bbox=box, score=score)
-            for i, label, box, score in zip(results.image_ids.tolist(), results.labels.tolist(), to_xywh(results.boxes).tolist(),
-                                            results.scores.tolist())]
+    rows = zip(results.image_ids.tolist(), results.labels.tolist(),
+               to_xywh(results.boxes).tolist(), results.scores.tolist())
+    return [dict(image_id=image, category_id=category_ids[label], bbox=box, score=score)
+            for image, label, box, score in rows]
+
+
+def coco_metrics(evaluation, annotations: Annotations, results: Results) -> dict:
+    """The 12 COCO figures, and AP, AP50 and counts of each class; -1 without ground truth."""
+    a, classes = annotations, []
+    precision = evaluation.eval["precision"][..., 0, -1]  # (10 IoUs, 101 recalls, C)
+    for label, name in enumerate(a.category_names):
+        classes.append({"name": name, "AP": float(precision[:, :, label].mean()),
+                        "AP50": float(precision[0, :, label].mean()),
+                        "boxes": int((a.labels[~a.crowd] == label).sum()),
+                        "detections": int((results.labels == label).sum())})
+    return {"figures": dict(zip(FIGURES, evaluation.stats.tolist())), "classes": classes}
 
 
 def explain(metrics: dict, annotations: Annotations, results: Results) -> list[str]:
-    """Why a figure is -1 or 0: a sentence for each such figure."""
-    boxes = (~annotations.crowd).sum()
+    """Why figures are -1 or 0, a sentence each."""
+    boxes = int((~annotations.crowd).sum())
     if boxes == 0:
-        return []  # told before
+        return [f"every figure is -1: {annotations.path} has no boxes to find (crowds aside)"]
     if len(results.scores) == 0:
-        return [f"every figure is 0: not one detection scored above the threshold, against {boxes} true boxes; the detector has "
-                "learned too little (train longer), or the score threshold in its configuration is too high"]
+        return [f"every figure is 0: no detection scored above the threshold, against {boxes} true "
+                "boxes; train longer, start from pretrained weights, or lower --score-threshold"]
     sentences = []
-    for size, bounds in (("small", "under 32 x 32"), ("medium", "of 32 x 32 to 96 x 96"), ("large", "over 96 x 96")):
-        value = metrics["figures"][f"AP {size}"]
-        if value == -1:
-            sentences.append(f"AP {size} is -1: no true box is {bounds} pixels")
-        elif value == 0:
-            sentences.append(f"AP {size} is 0: no true box {bounds} pixels was found with its class and an IoU of 0.5")
-    by_reason = {
-        "-1 for classes without a true box": [c for c in metrics["classes"] if c["AP"] == -1],
-        "0 for classes never detected": [c for c in metrics["classes"] if c["AP"] == 0 and not c["detections"]],
-        "0 for classes whose detections all miss (IoU under 0.5, or another class's objects)":
-            [c for c in metrics["classes"] if c["AP"] == 0 and c["detections"]],
-    }
-    return sentences + [f"AP is {reason}: {', '.join(c['name'] for c in classes)}"
-                        for reason, classes in by_reason.items() if classes]
-
-
-def print_metrics(metrics):
-    for name, value in metrics["figures"].items():
-        print(f"  {name:<10} {value:6.3f}")
-    width = max(len(c["name"]) for c in metrics["classes"])
-    print(f"\n  {'class':<{width}}     AP   AP50   boxes  detections")
+    if metrics["figures"]["AP"] < 0.01:
+        sentences.append("the detector has learned too little: train longer, or start from "
+                         "pretrained weights (--init-from, --backbone-weights)")
+    for size, bounds in (("small", "smaller than 32 x 32"), ("medium", "of 32 x 32 to 96 x 96"),
+                         ("large", "larger than 96 x 96")):
+        reason = {-1.0: f"-1: no true box is {bounds} pixels",
+                  0.0: f"0: no true box {bounds} pixels was found"}
+        if (value := metrics["figures"][f"AP {size}"]) in reason:
+            sentences.append(f"AP {size} is {reason[value]}")
+    by_reason = {}
     for c in metrics["classes"]:
-        print(f"  {c['name']:<{width}} {c['AP']:6.3f} {c['AP50']:6.3f} {c['boxes']:7d} {c['detections']:11d}")
+        if c["AP"] <= 0:
+            reason = ("-1, as the class has no true box" if c["AP"] < 0 else
+                      "0, as the class was never detected" if not c["detections"] else
+                      "0, as all its detections have an IoU below 0.5 or another class")
+            by_reason.setdefault(reason, []).append(c["name"])
+    return sentences + [f"AP is {r}: {', '.join(names)}" for r, names in by_reason.items()]
+
+
+def print_metrics(metrics, all_classes=False, shown=8):
+    """The classes, at most the best and worst `shown` unless `all_classes`, then the figures."""
+    classes = sorted(metrics["classes"], key=lambda c: -c["AP"])
+    if len(classes) <= 2 * shown or all_classes:
+        classes = metrics["classes"]
+    else:
+        print(f"\nthe best and worst {shown} of {len(classes)} classes; --all-classes shows all")
+        classes = classes[:shown] + classes[-shown:]
+    width = max(len(c["name"]) for c in classes)
+    print(f"\n{'class':<{width}}     AP   AP50   boxes  detections")
+    for c in classes:
+        print(f"{c['name']:<{width}} {c['AP']:6.3f} {c['AP50']:6.3f} {c['boxes']:7d} "
+              f"{c['detections']:11d}")
+    print()
+    for start in (9, 6, 3, 0):
+        print("   ".join(f"{name:<9} {metrics['figures'][name]:6.3f}"
+                         for name in FIGURES[start:start + 3]))
     print(flush=True)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#800000", "#808000")
-
-
-def draw(image, boxes, labels, scores, names, side, truth=()):
-    """An image (3, h, w) uint8, its long side enlarged or reduced to `side`, with its detections and true boxes (white)."""
-    scale = side / max(image.shape[1:])
-    height, width = (max(1, round(s * scale)) for s in image.shape[1:])
-    image = transforms.resize(image, [height, width], antialias=True)
-
-    def on_image(boxes):
-        boxes = torch.as_tensor(boxes, dtype=torch.float32) * scale
-        return torch.minimum(boxes.clamp(min=0), torch.tensor([width - 1.0, height - 1.0]).repeat(2))
-
-    if len(truth):
-        image = draw_bounding_boxes(image, on_image(truth), colors="white", width=1)
-    if len(boxes):
-        boxes, labels, scores = boxes[::-1].copy(), labels[::-1], scores[::-1]  # the best on top
-        texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)]
-        image = data.draw_boxes(image, on_image(boxes), labels, texts)
-    return image
-
-
-def confident(config: ModelConfig) -> float:
-    """The score from which a detection is drawn: 0.3 for class * centerness."""
-    return 0.3 ** 0.5 if config.sqrt_score else 0.3
-
-
-def draw_grid(path, dataset: CocoDataset, results: Results, names, score, indices, captions=()):
-    """Write a grid of images with their detections above `score`, their true boxes (white), and a caption each."""
-    tiles, font, side = [], ImageFont.load_default(15), 320
-    for n, i in enumerate(indices):
-        mine = (results.image_ids == dataset.annotations.image_ids[i]) & (results.scores >= score)
-        first, last = dataset.boxes.first[i:i + 2]
-        picture = draw(dataset.image(i), results.boxes[mine], results.labels[mine].tolist(),
-                       results.scores[mine].tolist(), names, side, truth=dataset.boxes.boxes[first:last])
-        tile = Image.new("RGB", (side, side + 22 * bool(captions)), "white")
-        tile.paste(transforms.to_pil_image(picture))
-        if captions:
-            ImageDraw.Draw(tile).text((2, picture.shape[1] + 2), captions[n], fill="black", font=font)
-        tiles.append(transforms.pil_to_tensor(tile))
-    transforms.to_pil_image(make_grid(tiles, nrow=4, padding=6, pad_value=255)).save(path)
-
-
-def draw_verdicts(out: Path, evaluation: COCOeval, dataset: CocoDataset, results: Results, names, score, count=8):
-    """Write best.png, worst.png and wrong.png: the images that went best, worst, and with the most confident error.
-
-    A detection scored `score` or more is right if it overlaps an object of its class by an IoU of 0.5 (pycocotools'
-    matching). Best and worst go by F1 = 2 right / (2 right + wrong + missed).
-    """
-    place = {image_id: i for i, image_id in enumerate(dataset.annotations.image_ids.tolist())}
-    right, wrong, missed, top = np.zeros((4, len(place)))               # (I,); top: highest score of a wrong one
-    for e in evaluation.evalImgs:                                       # of one class in one image
-        if e is None or e["aRng"] != evaluation.params.areaRng[0]:      # the first is: all areas
-            continue
-        i, scores, matched = place[e["image_id"]], np.array(e["dtScores"]), e["dtMatches"][0] > 0       # at IoU 0.5
-        judged = ~e["dtIgnore"][0].astype(bool) & (scores >= score)
-        hits = (judged & matched).sum()
-        right[i] += hits
-        missed[i] += (np.array(e["gtIgnore"]) == 0).sum() - hits
-        wrong[i] += (judged & ~matched).sum()
-        top[i] = max([top[i], *scores[judged & ~matched]])
-    f1 = 2 * right / np.maximum(1, 2 * right + wrong + missed)
-    eventful = np.flatnonzero(right + wrong + missed)                   # an empty image without detections is neither
-    orders = {"best": np.lexsort((-right, -f1)), "worst": np.lexsort((-wrong - missed, f1)), "wrong": np.argsort(-top)}
-    for name, order in orders.items():
-        chosen = [i for i in order[np.isin(order, eventful)] if name != "wrong" or top[i] > 0][:count]
-        if chosen:
-            captions = [f"{right[i]:.0f} right, {wrong[i]:.0f} wrong, {missed[i]:.0f} missed" +
-                        f"; wrong at {top[i]:.2f}" * (name == "wrong") for i in chosen]
-            draw_grid(out / f"{name}.png", dataset, results, names, score, chosen, captions)
-
-
-def draw_precision_recall(path, evaluation: COCOeval, metrics: dict):
-    """Write a picture of precision against recall: the mean over classes at several IoUs, and each class at 0.5."""
-    precision = evaluation.eval["precision"][..., 0, -1]                # (10 thresholds, 101 recalls, C)
-    recall, classes = evaluation.params.recThrs, metrics["classes"]
-    known = sorted((k for k, c in enumerate(classes) if c["AP"] > -1), key=lambda k: -classes[k]["AP50"])
-    if not known:
-        return
-    by_iou = {f"IoU {evaluation.params.iouThrs[t]:.2f}": (recall, precision[t][:, known].mean(axis=1)) for t in (0, 2, 4, 6, 8)}
-    shown = known if len(known) <= 10 else known[:5] + known[-5:]
-    by_class = {f"{classes[k]['name'][:14]} {classes[k]['AP50']:.2f}": (recall, precision[0, :, k]) for k in shown}
-    draw_curves(path, [("precision against recall, mean over classes", "recall", by_iou),
-                       ("IoU 0.5, by class" + ": best and worst 5" * (len(known) > 10), "recall", by_class)])
-
-
-def draw_curves(path, panels):
-    """Write line charts side by side. `panels`: (title, name of x, {name of a curve: (x values, y values)})."""
-    width, height, big = 600, 340, 2  # drawn twice as large and reduced: smooth lines
-    picture = Image.new("RGB", (big * width * len(panels), big * height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13 * big)
-    for n, (title, x_name, curves) in enumerate(panels):
-        left, top, right, bottom = (big * v for v in (n * width + 50, 32, (n + 1) * width - 150, height - 45))
-        x_ticks, y_ticks = (ticks(np.concatenate([curve[axis] for curve in curves.values()])) for axis in (0, 1))
-
-        def on_picture(x, y):
-            return (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left),
-                    bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top))
-
-        for tick in x_ticks:
-            x, _ = on_picture(tick, y_ticks[0])
-            draw.line([(x, top), (x, bottom)], fill="#dddddd", width=big)
-            draw.text((x, bottom + 6 * big), f"{tick:g}", fill="black", font=font, anchor="mt")
-        for tick in y_ticks:
-            _, y = on_picture(x_ticks[0], tick)
-            draw.line([(left, y), (right, y)], fill="#dddddd", width=big)
-            draw.text((left - 6 * big, y), f"{tick:g}", fill="black", font=font, anchor="rm")
-        draw.text((left, 10 * big), title, fill="black", font=font)
-        draw.text(((left + right) / 2, bottom + 24 * big), x_name, fill="black", font=font, anchor="mt")
-        for k, (name, (x, y)) in enumerate(curves.items()):
-            colour = COLOURS[k % len(COLOURS)]
-            points = [on_picture(*point) for point in zip(x, y)]
-            draw.line(points, fill=colour, width=2 * big, joint="curve")
-            draw.circle(points[-1], 3 * big, fill=colour)
-            draw.text((right + 10 * big, top + 18 * big * k), name, fill=colour, font=font)
-    picture.reduce(big).save(path)
-
-
-def ticks(values) -> np.ndarray:
-    """Round numbers, 4 to 11 of them, that enclose the values."""
-    low, high = np.min(values), np.max(values)
-    high = high if high > low else low + 1
-    step = 10 ** np.floor(np.log10(high - low))
-    step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1, 2) if (high - low) / (step * part) <= 8)
-    return np.arange(np.floor(low / step + 1e-6), np.ceil(high / step - 1e-6) + 1) * step
-
-
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-def check_categories(annotations: Annotations, ids: list[int], names: list[str]):
-    """Refuse data whose categories are not the detector's."""
-    theirs, ours = dict(zip(annotations.category_ids, annotations.category_names)), dict(zip(ids, names))
+def check_categories(annotations: Annotations, ids: list[int], names: list[str], owner: str):
+    """Refuse data whose categories are not those of `owner`."""
+    theirs = set(zip(annotations.category_ids, annotations.category_names))
+    ours = set(zip(ids, names))
     if theirs != ours:
-        raise DataError(f"{annotations.path}: its categories are not the detector's; there {theirs}, the detector knows {ours}; "
-                        "name the data that it was trained for, or give both the same categories")
+        here, there = (", ".join(f"{i} {name!r}" for i, name in sorted(x)[:10]) or "none"
+                       for x in (theirs - ours, ours - theirs))
+        raise UserError(f"{annotations.path}: its categories are not those of {owner}; only here: "
+                        f"{here}; only there: {there}; give both the same list of categories")
 
 
-def evaluate(detector: Detector, dataset: CocoDataset, categories: dict, out=None, **options) -> dict | None:
-    """Evaluate on a data set; on rank 0 returns the metrics.
+def evaluate(detector: Detector, dataset: CocoDataset, category_ids, out=None, all_classes=False,
+             **options) -> dict | None:
+    """Evaluate on a split; returns the metrics on rank 0. `options`: of `detect_all`.
 
-    With a folder `out`, prints them and writes `out`/detections.png and, in `out`/eval, results.json (COCO's results
-    format), metrics.json, precision_recall.png and the grids of `draw_verdicts`.
+    With a folder `out`, prints them and writes out/detections.png, and in out/eval results.json
+    (COCO's results format) and metrics.json.
     """
-    annotations, names = dataset.annotations, categories["names"]
-    check_categories(annotations, **categories)
-    if out and annotations.crowd.all() and rank_and_world()[0] == 0:
-        print(f"every figure will be -1: {annotations.path} has no boxes (crowds aside) to find", flush=True)
+    annotations = dataset.annotations
+    check_categories(annotations, category_ids, detector.names, "the detector")
     results = detect_all(detector, dataset, **options)
     if results is None:
         return None
-    evaluation = coco_evaluation(annotations, results)
-    metrics = coco_metrics(evaluation, annotations, results)
+    metrics = coco_metrics(coco_evaluation(annotations, results), annotations, results)
     if out is None:
         return metrics
-    out, ids = Path(out), annotations.annotation_ids
-    if len(np.unique(ids)) < len(ids) or (ids < 1).any():
-        print(f"{annotations.path}: some annotation ids are missing, below 1, or there twice; numbered anew for this evaluation")
-    print_metrics(metrics)
+    print_metrics(metrics, all_classes)
     for sentence in explain(metrics, annotations, results):
         print(sentence, flush=True)
-    (out / "eval").mkdir(parents=True, exist_ok=True)
-    for name in ("best", "worst", "wrong", "precision_recall"):  # an older one would stay where none is drawn
-        (out / "eval" / f"{name}.png").unlink(missing_ok=True)
-    (out / "eval" / "results.json").write_text(json.dumps(coco_results(results, categories["ids"])))
-    (out / "eval" / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    draw_precision_recall(out / "eval" / "precision_recall.png", evaluation, metrics)
-    score = confident(detector.config)
-    draw_verdicts(out / "eval", evaluation, dataset, results, names, score)
-    spread = np.linspace(0, len(dataset) - 1, min(12, len(dataset))).round().astype(int)
-    draw_grid(out / "detections.png", dataset, results, names, score, spread)
-    print(f"pictures in {out / 'detections.png'} and {out / 'eval'}, boxes and figures in {out / 'eval'}", flush=True)
+    folder = make_folder(Path(out) / "eval", "--out")
+    for name, content in (("results", coco_results(results, category_ids)), ("metrics", metrics)):
+        atomic_write(folder / f"{name}.json", lambda file: file.write(json.dumps(content).encode()))
+    draw_grid(Path(out) / "detections.png", dataset, results, detector.names)
+    print(f"{Path(out) / 'detections.png'} shows some images, {folder} has all boxes and figures")
     return metrics
 
 
-def predict(detector: Detector, paths: list[Path], names: list[str], out, tta=False) -> list[Path]:
-    """Detect objects in image files; writes a picture of each to `out`, and all boxes to `out`/detections.json.
+# --- pictures -----------------------------------------------------------------------------------
+
+def draw(image: Tensor, boxes, labels, texts, side, truth=()) -> Tensor:
+    """An image (3, h, w) uint8, its long side resized to `side`, with boxes; `truth` in white."""
+    h, w = image.shape[1:]
+    scale = side / max(h, w)
+    image = data.resize(image, (max(1, round(h * scale)), max(1, round(w * scale))))
+    limit = torch.tensor([image.shape[2] - 1.0, image.shape[1] - 1.0]).repeat(2)
+
+    def scaled(boxes):
+        return torch.minimum((torch.as_tensor(boxes).float() * scale).clamp(min=0), limit)
+
+    if len(truth):
+        image = draw_bounding_boxes(image, scaled(truth), colors="white", width=1)
+    if len(boxes):
+        colors = [f"hsv({int(label) * 222.5 % 360:.0f}, 100%, 75%)" for label in labels]
+        texts = [ascii(text)[1:-1] for text in texts]  # the font has no other letters
+        image = draw_bounding_boxes(  # the best last, on top
+            image, scaled(boxes).flip(0), texts[::-1], colors=colors[::-1], width=2,
+            fill_labels=True, label_colors="white")
+    return image
+
+
+def draw_grid(path, dataset: CocoDataset, results: Results, names, threshold=0.3, count=12):
+    """Write a grid of evenly chosen images, their detections above `threshold`, truth in white."""
+    tiles, side = [], 320
+    for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int):
+        mine = results.image_ids == dataset.annotations.image_ids[i]
+        mine &= results.scores >= threshold
+        texts = [f"{names[label]} {score:.2f}"
+                 for label, score in zip(results.labels[mine], results.scores[mine])]
+        image = draw(dataset.image(i), results.boxes[mine], results.labels[mine], texts, side,
+                     truth=dataset.targets(i)[0])
+        tile = torch.full((3, side, side), 255, dtype=torch.uint8)
+        tile[:, :image.shape[1], :image.shape[2]] = image
+        tiles.append(tile)
+    grid = make_grid(tiles, nrow=4, padding=6, pad_value=255)
+    transforms.to_pil_image(grid).save(path)
+
+
+# --- prediction ---------------------------------------------------------------------------------
+
+def predict(detector: Detector, paths: list[Path], out, threshold=0.3, tta=False) -> list[Path]:
+    """Write a picture of each image file and detections.json, of all scores, to `out`.
 
     Files that cannot be read are reported and returned; the others are done all the same.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     found, unreadable, used = [], [], set()
     for path in paths:
         try:
-            image = data.load_image(path, apply_exif_orientation=True)                  # (3, h, w)
-        except DataError as error:
+            image = as_tensor(path)
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             unreadable.append(path)
             continue
-        boxes, scores, labels = (x.numpy() for x in detect_in_image(detector, image, tta))
-        keep = scores >= confident(detector.config)
-        boxes, scores, labels = boxes[keep], scores[keep].tolist(), labels[keep].tolist()
-        picture, n = f"{path.stem}.png", 1
-        while picture in used:
-            n += 1
-            picture = f"{path.stem}-{n}.png"
+        d = detector(image, tta=tta)
+        shown = int((d.scores >= threshold).sum())  # they are the first
+        texts = [f"{name} {score:.2f}" for _, score, name in d][:shown]
+        picture = next(name for n in range(1, len(paths) + 1)
+                       if (name := f"{path.stem}{f'-{n}' if n > 1 else ''}.png") not in used)
         used.add(picture)
-        found.append({"file": str(path), "picture": picture, "width": image.shape[2], "height": image.shape[1], "detections": [
-            {"bbox": [round(x, 2) for x in box], "score": round(score, 5), "category": names[label]}
-            for box, score, label in zip(to_xywh(boxes).tolist(), scores, labels)]})
-        transforms.to_pil_image(draw(image, boxes, labels, scores, names, max(image.shape[1:]))).save(out / picture)
-        print(f"{path}: {len(boxes)} objects", flush=True)
-    (out / "detections.json").write_text(json.dumps(found, indent=1))
+        if (out / picture).resolve() == path.resolve():
+            raise UserError(f"{path}: would be overwritten; name another folder with --out")
+        drawn = draw(image, d.boxes[:shown], d.labels[:shown], texts, max(640, *image.shape[1:]))
+        transforms.to_pil_image(drawn).save(out / picture)
+        found.append({
+            "file": os.fsencode(path).decode(errors="backslashreplace"), "picture": picture,
+            "width": image.shape[2], "height": image.shape[1], "detections": [
+                {"bbox": [round(x, 2) for x in box], "score": round(score, 5), "category": name}
+                for box, (_, score, name) in zip(to_xywh(d.boxes.numpy()).tolist(), d)]})
+        best = ""
+        if len(d) and not shown:
+            best = f"; best score {d.scores[0]:.3f} ({d.names[0]}), below {threshold:g}"
+        print(f"{path}: {shown} objects{best}", flush=True)
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    atomic_write(out / "detections.json", lambda file: file.write(text.encode(errors="replace")))
     print(f"pictures and detections.json in {out}", flush=True)
     return unreadable
 
 
 def image_files(paths) -> list[Path]:
-    """The files named, and the image files of the folders named."""
+    """The files named, and the image files in the folders named."""
     files = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_FILES) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_FILES)
         if not inside:
-            raise DataError(f"{path}: no image file in this folder")
+            raise UserError(f"{path}: no image file in this folder")
         files += inside
     return files
 
 
-def main():
-    parser = argparse.ArgumentParser(description="COCO figures of a trained detector, or detections on images.")
-    parser.add_argument("weights", help="folder of a run (its newest checkpoint), a checkpoint file, or torchvision")
-    parser.add_argument("--data", help="COCO-format folder (default: the one that it was trained with)")
-    parser.add_argument("--val-split", default="", help="default: val2017, else the only val* split")
-    parser.add_argument("--images", nargs="+", help="image files or folders: draw detections instead of evaluating")
-    parser.add_argument("--out", help="folder to write to (default: the run's; RUN/predictions for images)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at once on a device (default: 8)")
-    parser.add_argument("--num-workers", type=int, default=2, help="data loading processes; 0: none (default: 2)")
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation: sizes of 1/2 to 3/2, mirrored or not, merged")
+def make_folder(path, option) -> Path:
+    """A folder to write to; `option` names another on the command line."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a folder ({error.strerror}); name another with "
+                        f"{option}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path}: cannot be written to; name another folder with {option}")
+    return path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("weights", help="run folder (its newest checkpoint) or checkpoint file")
+    parser.add_argument("--data", metavar="DIR", help="COCO-format folder (default: the run's)")
+    parser.add_argument("--val-split", default="", metavar="NAME",
+                        help="default: val2017, or the only val* split")
+    parser.add_argument("--images", nargs="+", metavar="FILE",
+                        help="image files or folders: draw what is detected instead of evaluating")
+    parser.add_argument("--threshold", type=float, default=0.3, metavar="SCORE",
+                        help="draw detections with at least this final score (default: 0.3)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="folder to write to (default: the run's; RUN/predictions for images)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
+                        help="images at once on a device (default: 8)")
+    parser.add_argument("--num-workers", type=int, default=2, metavar="N",
+                        help="data loading processes; 0: none (default: 2)")
+    parser.add_argument("--tta", action="store_true",
+                        help="test-time augmentation: 9 sizes, flipped or not, merged by NMS")
+    parser.add_argument("--all-classes", action="store_true", help="print every class")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                        help="of the network; auto: bf16 where the hardware has it (default: auto)")
-    args = parser.parse_args()
+                        help="of the network; auto: bf16 where the hardware has it")
+    args = parser.parse_args(argv)
     if args.batch_size < 1 or args.num_workers < 0:
-        parser.error("--batch-size must be >= 1, and --num-workers >= 0")
-    device = join_process_group()
+        parser.error("--batch-size must be at least 1, --num-workers at least 0")
+    device = init_distributed()
     checkpoint = load_checkpoint(args.weights)
-    detector, categories = Detector(build_detector(checkpoint), device, args.precision), checkpoint["categories"]
-    run = Path(args.weights)
-    if not run.is_dir():
-        run = Path("runs/torchvision") if args.weights == "torchvision" else run.parent
-    out = data.make_folder(args.out or (run / "predictions" if args.images else run), "--out")
+    names = checkpoint["categories"]["names"]
+    detector = Detector(build_model(checkpoint, args.weights), names, device, args.precision)
+    run = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
+    out = make_folder(args.out or (run / "predictions" if args.images else run), "--out")
     if args.images:
-        unreadable = predict(detector, image_files(args.images), categories["names"], out, args.tta)
+        unreadable = predict(detector, image_files(args.images), out, args.threshold, args.tta)
         if unreadable:
-            raise DataError(f"{len(unreadable)} of the files cannot be read, see above; the others are done")
-    else:
-        trained = checkpoint["config"]
-        if not (args.data or trained["data"]):
-            raise ConfigError(f"{args.weights} does not say which data to judge it on; name a COCO-format folder with DATA=... (--data)")
-        dataset = data.open_split(args.data or trained["data"], run, "val", args.val_split or trained["val_split"])
-        evaluate(detector, dataset, categories, out, batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            raise UserError(f"{len(unreadable)} files cannot be read, see above; the rest is done")
+        return
+    trained = checkpoint["config"]
+    root = args.data or trained.get("data")
+    if not root:
+        raise UserError(f"{args.weights}: does not say which data to evaluate on; name a COCO-"
+                        "format folder with DATA=... (--data)")
+    dataset = data.open_split(root, "val", args.val_split or trained.get("val_split", ""))
+    print0(dataset.summary())
+    evaluate(detector, dataset, checkpoint["categories"]["ids"], out, args.all_classes,
+             batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, ConfigError, OSError) as error:
-        sys.exit(data.sentence(error))
+    run_program(main)

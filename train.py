@@ -1,112 +1,128 @@
-"""train.py: train the detector, on one CPU or on many GPUs, and lose nothing.  (FCOS, arXiv:1904.01355, Sec. 4)
+"""train.py: train the detector, on one CPU or many GPUs, and lose nothing.  (FCOS, Sec. 4)
 
-    python train.py                                                         demo on generated data, run in runs/demo
-    python train.py demo --data DIR                                         demo's detector on a COCO-format data set
-    torchrun --standalone --nproc-per-node 8 train.py fcos_R_50_FPN_1x_center_giou --data /data/coco
-    python train.py --resume --run-dir runs/demo                            go on after an interruption
-    python train.py --plot runs/demo runs/other                             loss and AP curves over one another
-    python train.py --help                                                  every option, with unit and default
+    python train.py demo --data runs/shapes                                a small detector
+    python train.py fcos_R_50_FPN_1x_center_giou --data /data/coco         as published
+    torchrun --standalone --nproc-per-node 8 train.py fcos_R_50_FPN_1x --data /data/coco
+    python train.py --resume --run-dir runs/demo                           after an interruption
+    python train.py demo --help                                            every option
 
-One global batch (16 images; the demo: 4) makes a step, however it is split over processes and accumulation steps:
+A step is one global batch (16 images; the demo: 4), however it is split over processes and
+microbatches:
 
- 1. the sampler decides what step s sees, from the seed and s alone (data.py);
- 2. targets are assigned, and the denominators of the losses added up over all parts of the batch and all processes;
- 3. each part goes forward and backward with its share of the loss; gradients add up; SGD steps.
+ 1. the sampler decides what the step sees, from the seed and the step alone (data.py);
+ 2. targets are assigned, and the denominators of the losses summed over the whole batch;
+ 3. each microbatch goes forward and backward; gradients add up; the optimizer steps.
 
-So 1, 2 or 8 processes compute the same losses and the same weights, up to the order of floating-point additions.
-The state after step s is the checkpoint after step s: a run that is killed and resumed ends with the same weights.
+So 1, 2 or 8 processes compute the same losses and weights, up to the order of floating-point sums.
+All state after step s is in the checkpoint after step s: a run that is killed and resumed ends with
+the same weights.
 """
 
 import argparse
-import dataclasses
-import difflib
+import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections import deque
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
 from assign import assign_targets, make_locations
-from data import DataError
-from loss import BOX_LOSSES, Totals, fcos_loss, totals
-from model import (CHECKPOINT_FORMAT, FCOS, IMPROVED, ConfigError, Detector, ModelConfig, add_options, check, checkpoints_of,
-                   dtype_of, given, load_checkpoint, option, rebuilt, write_whole)
+from data import UserError
+from evaluate import Detector, dtype_of, print0, rank_and_world
+from loss import BOX_LOSSES, Normalizers, fcos_loss, normalizers
+from model import (CHECKPOINT_FORMAT, FCOS, IMPROVED, ModelConfig, atomic_write, checkpoints_of,
+                   config_from_dict, load_checkpoint, load_weights, validate)
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How a detector is trained. Defaults: FCOS 1x as first published."""
     model: ModelConfig = ModelConfig()
-    data: str = option("", "COCO-format folder, or shapes: generated in RUN/data")
-    train_split: str = option("", "default: train2017, else the only train* split")
-    val_split: str = option("", "default: val2017, else the only val* split")
-    backbone_weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a state dict file")
-    # what is learned
-    center_radius: float = option(0.0, "center sampling radius in strides; 0: the whole box is positive")
-    box_loss: str = option("iou", "loss of a box", BOX_LOSSES)
-    # how long, how fast
-    batch_size: int = option(16, "images of one step, over all processes", ">= 1")
-    steps: int = option(90_000, "optimizer steps, at most", ">= 1")
-    epochs: float = option(0.0, "passes over the data, at most; 0: any number")
-    optimizer: str = option("sgd", "sgd, with momentum 0.9, or adamw", ("sgd", "adamw"))
-    lr: float = option(0.01, "learning rate of weights; biases learn at twice this rate", "> 0")
-    weight_decay: float = option(1e-4, "of weights; biases have none")
-    warmup_steps: int = option(500, "steps at a third of the learning rate")
-    schedule: str = option("step", "step: x 0.1 at 2/3 and at 8/9 of the steps; cosine: to 0", ("step", "cosine"))
-    grad_clip: float = option(0.0, "largest norm of the gradient; 0: any")
-    # what is seen
-    train_short_sides: tuple[int, int] = option((800, 800), "pixels; range of each image's short side", ">= 1, lower first")
-    flip: float = option(0.5, "probability of a horizontal flip", "in [0, 1]")
-    seed: int = option(0, "of the initial weights and of all that the sampler draws")
-    canvas_sides: int = option(4, "lengths that a side of a batch is padded to; few, as each shape is compiled; 0: any multiple of 32")
-    precision: str = option("auto", "of the network; auto: bf16 where the hardware has it", ("auto", "bf16", "fp32"))
-    compile: str = option("auto", "torch.compile the network; auto: on a GPU", ("auto", "on", "off"))
-    # in what portions, and what is told and kept: see RESUMABLE
-    images_per_gpu: int = option(0, "most images at once on a device, the rest is accumulated; 0: any")
-    accumulate: int = option(0, "portions of a process's share of the batch; 0: as few as --images-per-gpu allows")
-    num_workers: int = option(2, "data loading processes per training process; 0: none")
-    log_every: int = option(20, "steps between two progress lines and entries of metrics.jsonl", ">= 1")
-    eval_every: int = option(0, "steps between two evaluations on the way; 0: none before the end")
-    checkpoint_every: int = option(1000, "steps between two checkpoints", ">= 1")
-    checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is due in any case")
+    data: str = ""                           # COCO-format folder
+    train_split: str = ""                    # default: train2017, or the only train* split
+    val_split: str = ""                      # default: val2017, or the only val* split
+    backbone_weights: str = "imagenet"       # imagenet (downloaded), none, or a state dict file
+    # targets and losses
+    center_radius: float = 0.0               # of center sampling, in strides; 0: the whole box
+    box_loss: Literal[BOX_LOSSES] = "iou"    # loss of a box
+    # optimization
+    batch_size: int = 16                     # images of a step, over all processes
+    steps: int = 90_000                      # optimizer steps, at most
+    epochs: float = 0.0                      # passes over the data, at most; 0: no limit
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum 0.9
+    lr: float = 0.01                         # of weights; biases learn twice as fast
+    weight_decay: float = 1e-4               # of weights; biases have none
+    warmup_steps: int = 500                  # at a third of the lr; at most a tenth of the run
+    schedule: Literal["step", "cosine"] = "step"  # step: x 0.1 after 2/3 and 8/9 of the steps
+    grad_clip: float = 0.0                   # largest norm of the gradient; 0: no limit
+    # augmentation
+    train_short_sides: tuple[int, int] = (800, 800)  # pixels; range of an image's short side
+    flip: float = 0.5                        # probability of a horizontal flip
+    seed: int = 0                            # of initial weights and sampling
+    canvas_sides: int = 4                    # how many padded heights and widths may occur; fewer:
+    #                                          fewer recompilations, more padding; 0: any
+    # execution
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
+    compile: Literal["auto", "on", "off"] = "auto"       # auto: torch.compile on a GPU
+    # may change on resume
+    microbatch: int = 0                      # images at once on a device; lower it when out of
+    #                                          memory, results stay the same; 0: all
+    num_workers: int = 2                     # data loading processes of each process; 0: none
+    log_every: int = 20                      # steps between two progress lines
+    eval_every: int = 0                      # steps between two evaluations; 0: a fifth of the run
+    checkpoint_every: int = 1000             # steps between two checkpoints
+    checkpoint_minutes: float = 10.0         # minutes between two checkpoints, at most
 
     def __post_init__(self):
-        check(self)
+        validate(self, at_least=dict(batch_size=1, steps=1, lr=1e-12, log_every=1,
+                                     checkpoint_every=1, train_short_sides=1),
+                 at_most=dict(flip=1, lr=1e40))
+        if self.train_short_sides[0] > self.train_short_sides[1]:
+            raise UserError(f"--train-short-sides {self.train_short_sides}: smaller one first")
 
 
-ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth", "centerness_on_box_tower", "box_unit",
-                "sqrt_score", "pixel_mean", "pixel_std")  # what --init-from takes over from the other checkpoint
+MAY_CHANGE = {"data", "microbatch", "num_workers", "log_every", "eval_every", "checkpoint_every",
+              "checkpoint_minutes"}
+ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth",
+                "centerness_on_box_tower", "box_unit", "sqrt_score", "pixel_mean", "pixel_std")
+#               what --init-from takes over from the other checkpoint
 TERMS = ("cls", "box", "centerness")  # of the loss
-RESUMABLE = {"data", "images_per_gpu", "accumulate", "num_workers", "log_every", "eval_every",
-             "checkpoint_every", "checkpoint_minutes"}  # what may be changed on the way
 
 fcos_R_50_FPN_1x = TrainConfig()
 center = dict(center_radius=1.5)
 fcos_R_50_FPN_1x_center = replace(fcos_R_50_FPN_1x, **center)
-fcos_R_101_FPN_2x = replace(fcos_R_50_FPN_1x, model=ModelConfig(backbone="resnet101"), steps=180_000, train_short_sides=(640, 800))
-fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou", model=ModelConfig(**IMPROVED))
-# Small enough for two CPU cores. It learns from random weights, hence GroupNorm, nothing frozen, and AdamW.
+fcos_R_101_FPN_2x = replace(fcos_R_50_FPN_1x, model=ModelConfig(backbone="resnet101"),
+                            steps=180_000, train_short_sides=(640, 800))
+fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou",
+                                 model=ModelConfig(**IMPROVED))
+# Small enough for two CPU cores: GroupNorm and AdamW, to learn from random weights.
 demo = TrainConfig(
-    model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64, tower_depth=2,
-                      short_side=280, long_side=440, enlarge=False, **IMPROVED),
-    data="shapes", backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16, optimizer="adamw",
-    lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0,
-    num_workers=0, eval_every=200)
+    model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64,
+                      tower_depth=2, short_side=280, long_side=440, enlarge=False, **IMPROVED),
+    backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16,
+    optimizer="adamw", lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine",
+    grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0, compile="off", num_workers=0)
 PRESETS = {
     "demo": demo,
     "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
@@ -116,413 +132,608 @@ PRESETS = {
     "fcos_R_101_FPN_2x": fcos_R_101_FPN_2x,
     "fcos_R_101_FPN_2x_center_giou": replace(fcos_R_101_FPN_2x, **center, box_loss="giou"),
     "fcos_imprv_R_50_FPN_1x": fcos_imprv_R_50_FPN_1x,
-    "fcos_imprv_R_101_FPN_2x": replace(fcos_imprv_R_50_FPN_1x, model=ModelConfig(backbone="resnet101", **IMPROVED),
-                                       steps=180_000, train_short_sides=(640, 800)),
+    "fcos_imprv_R_101_FPN_2x": replace(
+        fcos_imprv_R_50_FPN_1x, model=ModelConfig(backbone="resnet101", **IMPROVED),
+        steps=180_000, train_short_sides=(640, 800)),
 }
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step; a pure function."""
-    if step < config.warmup_steps:
+    """Learning rate of a step; a pure function (Sec. 4)."""
+    if step < min(config.warmup_steps, config.steps // 10):
         return config.lr / 3
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.lr * 0.1 ** sum(step >= round(config.steps * part) for part in (2 / 3, 8 / 9))
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-def save_checkpoint(run: Path, checkpoint: dict):
-    """Write a checkpoint, and delete all but the last two, and what a kill left unfinished."""
-    path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
-    go_on = f"go on from the one before it with --resume --run-dir {run}" if checkpoints_of(run) else "start again"
-    write_whole(path, lambda file: torch.save(checkpoint, file), f"free some space and {go_on}")
-    for old in [*checkpoints_of(run)[2:], *run.glob("checkpoint-*.part")]:
-        old.unlink()
-
-
-def config_from(checkpoint: dict, source) -> TrainConfig:
-    values = checkpoint["config"] | {"model": ModelConfig(**checkpoint["config"]["model"])}
-    return rebuilt(TrainConfig, values, source,
-                   "go on with the version of the code that wrote it, or start another run from its weights with --init-from")
-
-
-def data_hash(dataset: data.CocoDataset) -> str:
-    """What a data set has to teach, in 16 digits."""
-    digest = hashlib.sha256("".join(dataset.annotations.file_names.tolist()).encode())
-    for part in (dataset.annotations.sizes, *dataset.boxes):
-        digest.update(part.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def init_from(model, path, categories: dict):
-    """Take the weights of another checkpoint; those of other classes' outputs, or of another shape, start fresh."""
-    checkpoint = load_checkpoint(path)
-    theirs, ours = checkpoint["model"], model.state_dict()
-    taken = {key: value for key, value in theirs.items() if key in ours and value.shape == ours[key].shape}
-    if checkpoint["categories"]["names"] != categories["names"]:
-        taken = {key: value for key, value in taken.items() if not key.startswith("head.cls_logits")}
-    fresh = sorted(ours.keys() - taken.keys())
-    model.load_state_dict(taken, strict=False)
-    say(f"{path}: took {len(taken)} of {len(ours)} tensors; fresh: {', '.join(fresh) or 'none'}")
-
-
-def go_on(run: Path, model, optimizer, digest: str) -> int:
-    """Take up the newest checkpoint of a run, of data with this hash; returns its step."""
-    checkpoint = load_checkpoint(run)
-    if checkpoint.get("data_hash") != digest:
-        raise ConfigError(f"the data set is not what {run} was trained on so far; restore it, or start another run from these weights "
-                          "with --init-from")
-    model.load_state_dict(checkpoint["model"])
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random_state"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whatever another optimizer's state raises
-        raise ConfigError(f"{run}: its checkpoint holds weights but not what is needed to go on ({error!r:.80}); start another run "
-                          "from them with --init-from") from None
-    return checkpoint["step"]
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-def say(text):
-    """Print, in one process of many."""
-    if evaluate.rank_and_world()[0] == 0:
-        print(text, flush=True)
-
-
-class Progress:
-    """The line that tells how training goes, and RUN/metrics.jsonl."""
-
-    def __init__(self, run: Path, config: TrainConfig, first_step: int):
-        self.path, self.config = run / "metrics.jsonl", config
-        kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]  # not what a killed run did after its checkpoint
-        text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_whole(self.path, lambda file: file.write(text.encode()), "free some space and go on with --resume")
-        self.start = self.last = time.time()
-        self.first_step = self.last_step = first_step
-        self.data_wait = 0.0
-
-    def report(self, step: int, losses: dict[str, float], lr: float, device):
-        now = time.time()
-        steps, seconds = step - self.last_step, now - self.last
-        images_per_second = steps * self.config.batch_size / seconds
-        left = (now - self.start) / (step - self.first_step) * (self.config.steps - step)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes, on Linux
-        terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        text = (f"step {step}/{self.config.steps} | loss {sum(losses.values()):.4f} {terms} | lr {lr:.5f} | "
-                f"{images_per_second:.1f} images/s, waiting for data {self.data_wait / seconds:.0%} | {peak / 2**30:.1f} GB | "
-                f"{left // 60:.0f} min {left % 60:02.0f} s left")
-        evaluate.show_progress(text, last=step == self.config.steps or not sys.stdout.isatty())
-        self.write({"step": step, **losses, "lr": lr, "images_per_second": round(images_per_second, 2)})
-        self.last, self.last_step, self.data_wait = now, step, 0.0
-
-    def write(self, entry: dict):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """What RUN/metrics.jsonl holds so far, without a line that a kill left unfinished."""
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-REMEDY = "start another run with a lower --lr, from the last good weights with --init-from {run}"  # of numbers that are not finite
-
+# --- one step -----------------------------------------------------------------------------------
 
 def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     """Biases learn at twice the rate and do not decay."""
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    weights = [p for name, p in learned if not name.endswith("bias")]
-    biases = [p for name, p in learned if name.endswith("bias")]
-    groups = [{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
-              {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}]
+    groups = [{"params": [x for x in learned if not x[0].endswith("bias")], "lr_factor": 1.0,
+               "weight_decay": config.weight_decay},
+              {"params": [x for x in learned if x[0].endswith("bias")], "lr_factor": 2.0,
+               "weight_decay": 0.0}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
 
-def add_up(state, bucket):
-    """What DDP does with gradients: each process has its share of the global loss, so they are added, not averaged."""
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+def sum_gradients(state, bucket):
+    """DDP's communication: processes hold parts of one loss, so gradients are not averaged."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
-def training_step(network, optimizer, parts: list[data.Batch], lr: float, config: TrainConfig) -> Tensor:
-    """One step on this process's portions of the global batch: its share of the losses, (3,), on the device.
+def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
+                  config: TrainConfig) -> Tensor:
+    """One step on this process's microbatches: its part of the losses, (3,), on the device.
 
-    Nothing here waits for the device.
+    No host-device sync.
     """
-    device, (_, world) = parts[0].images.device, evaluate.rank_and_world()
+    device, (_, world) = microbatches[0].images.device, rank_and_world()
     dtype = dtype_of(config.precision, device)
 
-    # what every location should predict, and the denominators over the global batch
-    locations = make_locations(*parts[0].images.shape[2:], offset=config.model.location_offset, device=device)
-    targets = [assign_targets(locations, part.boxes, part.labels, config.center_radius or None) for part in parts]
-    over = torch.stack([torch.stack(totals(t)) for t in targets]).sum(0)                        # (3,)
+    # Targets, and the denominators over the global batch.
+    locations = make_locations(*microbatches[0].images.shape[2:], device=device,
+                               offset=config.model.location_offset)
+    targets = [assign_targets(locations, m.boxes.split(m.counts), m.labels.split(m.counts),
+                              config.center_radius or None) for m in microbatches]
+    norm = torch.stack([torch.stack(normalizers(t)) for t in targets]).sum(0)    # (3,)
     if world > 1:
-        dist.all_reduce(over)
+        dist.all_reduce(norm)
 
     optimizer.zero_grad()
-    shares = torch.zeros(len(TERMS), device=device)
-    for part, target in zip(parts, targets):
-        with nullcontext() if world == 1 or part is parts[-1] else network.no_sync():
+    total = torch.zeros(len(TERMS), device=device)
+    for m, target in zip(microbatches, targets):
+        last = m is microbatches[-1]
+        with nullcontext() if world == 1 or last else network.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                outputs = network(part.images, part.sizes)
-            losses = fcos_loss(outputs, target, config.box_loss, Totals(*over),
-                               stride=locations.stride if config.model.box_unit == "stride" else None)
+                outputs = network(m.images, m.sizes)
+            losses = fcos_loss(outputs, target, config.box_loss, Normalizers(*norm),
+                               locations.stride if config.model.box_unit == "stride" else None)
             sum(losses.values()).backward()
-        shares += torch.stack([losses[name].detach() for name in TERMS])
+        total += torch.stack([losses[name].detach() for name in TERMS])
 
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if config.grad_clip:
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
     optimizer.step()
-    return shares
+    return total
 
 
-def train(config: TrainConfig, run: Path, device: torch.device, resume=False, init_file=None, skip_eval=False):
-    """Train from step 0, or from the newest checkpoint of the run, to the end, and evaluate."""
-    rank, world = evaluate.rank_and_world()
+# --- checkpoints --------------------------------------------------------------------------------
 
-    # data
-    dataset = data.open_split(config.data, run, "train", config.train_split)
-    images, annotations, digest = dataset.with_boxes(), dataset.annotations, data_hash(dataset)
+def save_checkpoint(run: Path, checkpoint: dict):
+    """Write a checkpoint, then delete all but the last two."""
+    path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
+    atomic_write(path, lambda file: torch.save(checkpoint, file))
+    for old in checkpoints_of(run)[2:]:
+        old.unlink()
+
+
+def data_hash(dataset: data.CocoDataset) -> str:
+    """Identifies what a data set teaches."""
+    digest = hashlib.sha256("".join(dataset.annotations.file_names.tolist()).encode())
+    for part in (dataset.annotations.sizes, dataset.first, dataset.boxes, dataset.labels):
+        digest.update(part.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.CocoDataset):
+    """Load weights and optimizer state, if this is still the same data and the same model."""
+    restart = f"start another run from its weights with --init-from {run}"
+    a = dataset.annotations
+    evaluate.check_categories(a, **checkpoint["categories"], owner=str(run))
+    if checkpoint.get("data_hash") != data_hash(dataset):
+        raise UserError(f"{a.path}: not the data that {run} was trained on so far; bring it back, "
+                        f"or {restart}")
+    load_weights(model, checkpoint["model"], f"{run}: its weights are not this model's; {restart}")
+    try:  # by name: an order of parameters may change, and the optimizer checks no shapes
+        saved, state = checkpoint["optimizer"], optimizer.state_dict()
+        names = [[g["param_names"] for g in x["param_groups"]] for x in (saved, state)]
+        by_name = dict(zip(sum(names[0], []), (saved["state"].get(i) for i in range(10**6))))
+        same = list(map(set, names[0])) == list(map(set, names[1]))
+        state["state"] = {i: by_name[name] for i, name in enumerate(sum(names[1], []))
+                          if by_name[name] is not None}
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        same = same and all(value.shape == shapes[name] for name, s in by_name.items() if s
+                            for value in s.values() if isinstance(value, Tensor) and value.ndim)
+        optimizer.load_state_dict(state)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(f"{run}: its optimizer state is not of these parameters; {restart}")
+
+
+def init_from(model: FCOS, path, names: list[str]):
+    """Take over the weights of another checkpoint, and the class outputs of equal names."""
+    checkpoint = load_checkpoint(path)
+    theirs, ours = checkpoint["model"], model.state_dict()
+    rows = {name: i for i, name in enumerate(checkpoint["categories"]["names"])}
+    shared = [(i, rows[name]) for i, name in enumerate(names) if name in rows]
+    taken = {key: value for key, value in theirs.items()
+             if key in ours and value.shape == ours[key].shape and "cls_logits" not in key}
+    for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        if key in theirs and theirs[key].shape[1:] == ours[key].shape[1:]:
+            taken[key] = ours[key].clone()
+            for i, row in shared:
+                taken[key][i] = theirs[key][row]
+    fresh = sorted(ours.keys() - taken.keys())
+    model.load_state_dict(taken, strict=False)
+    print0(f"{path}: took {len(taken)} of {len(ours)} tensors, and the outputs of {len(shared)} of "
+           f"{len(names)} classes by name; fresh: {', '.join(fresh)[:200] or 'no other'}")
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """What the steps of a run share."""
+    folder: Path
+    config: TrainConfig
+    device: torch.device
+    dataset: data.CocoDataset
+    validation: data.CocoDataset | None  # None: do not evaluate
+    categories: dict                     # "ids" and "names", C each
+    sampler: data.TrainSampler
+    microbatches: int                    # of each process in a step
+    model: FCOS
+    network: nn.Module                   # the model, compiled and distributed
+    optimizer: torch.optim.Optimizer
+
+
+class Progress:
+    """How far a run is: reads losses, prints the progress line, writes RUN/metrics.jsonl."""
+
+    def __init__(self, run: Run, checkpoint: dict | None):
+        self.run, self.path = run, run.folder / "metrics.jsonl"
+        self.step = checkpoint["step"] if checkpoint else 0        # steps completed
+        self.losses = checkpoint["losses"] if checkpoint else []   # (3,) each, since the last line
+        self.unread = deque()  # (step, losses and stop flag, event): may still be on the device
+        self.lag = 2 if run.device.type == "cuda" else 0  # steps read late keep a GPU busy: no sync
+        self.stop_at, self.finite = math.inf, True
+        self.saved_step, self.saved_at = (self.step if checkpoint else -1), time.monotonic()
+        self.start = self.last = time.monotonic()
+        self.first_step = self.last_step = self.step
+        self.waited = self.paused = 0.0  # seconds: for data since the last line; not in training
+        # Drop what a killed run wrote after its checkpoint.
+        self.entries = [e for e in read_metrics(run.folder) if e["step"] <= self.step]
+        if rank_and_world()[0] == 0:
+            text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+            atomic_write(self.path, lambda file: file.write(text.encode()))
+
+    def push(self, total: Tensor, stop: bool):
+        """Take the losses (3,) of a completed step, and whether this process got a signal."""
+        values, event = torch.cat([total, torch.full_like(total[:1], float(stop))]), None
+        if rank_and_world()[1] > 1:
+            dist.all_reduce(values)
+        if values.is_cuda:
+            values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.unread.append((self.step, values, event))
+        self.step += 1
+
+    def read(self, lag: int):
+        """Look at all losses but the last `lag`; all processes see the same, and stop alike."""
+        while len(self.unread) > lag:
+            step, values, event = self.unread.popleft()
+            if event:
+                event.synchronize()
+            *losses, stop = values.tolist()
+            if stop:
+                self.stop_at = min(self.stop_at, step + 1 + self.lag)
+            if not all(map(math.isfinite, losses)):
+                self.finite = False
+                raise not_finite(self.run, step, dict(zip(TERMS, losses)))
+            self.losses.append(losses)
+
+    def log(self):
+        now, run, config, step = time.monotonic(), self.run, self.run.config, self.step
+        seconds, images = now - self.last, len(run.sampler.images)
+        speed = (step - self.last_step) * config.batch_size / seconds
+        pace = (now - self.start - self.paused) / (step - self.first_step)
+        left = timedelta(seconds=round(pace * (config.steps - step)))
+        if run.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(run.device)
+        else:  # kilobytes on Linux, bytes on macOS
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            memory *= 1 if sys.platform == "darwin" else 1024
+        lr = lr_at(step - 1, config)
+        terms = {name: sum(x) / len(x) for name, x in zip(TERMS, zip(*self.losses))}
+        loss = sum(terms.values())
+        print0(f"step {step}/{config.steps} | loss {loss:.4f} | lr {lr:.1e} | {speed:.1f} images/s "
+               f"| data wait {self.waited / seconds:.0%} | {memory / 2**30:.1f} GB | {left} left",
+               transient=step < config.steps and sys.stdout.isatty())
+        self.write({"step": step, "epoch": round(step * config.batch_size / images, 3),
+                    "loss": loss, **terms, "lr": lr, "images_per_second": round(speed, 2),
+                    "seconds": round(now - self.start, 1)})
+        self.last, self.last_step, self.waited = now, step, 0.0
+        self.losses.clear()
+
+    def write(self, entry: dict):
+        self.entries.append(entry)
+        if rank_and_world()[0] == 0:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:  # no reason to lose the run
+                print0(f"warning: {self.path}: cannot be written ({error})")
+
+    def pause(self, seconds: float):
+        """Leave out time that was not spent in training."""
+        self.last += seconds
+        self.paused += seconds
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """RUN/metrics.jsonl without lines that are torn or not ours."""
+    path, entries = folder / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, AttributeError):
+            entry = json.loads(line)
+            entries += [entry] if type(entry.get("step")) is int else []
+    return entries
+
+
+def train(config: TrainConfig, folder: Path, device: torch.device, checkpoint: dict | None = None,
+          init_file=None, skip_eval=False):
+    """Train from the start, or from a checkpoint of this folder, to the end, and evaluate."""
+    run = prepare(config, folder, device, checkpoint, init_file, skip_eval)
+    lock(folder)
+    if not checkpoint:
+        refuse_to_overwrite(folder)
+    progress, stop_signals = Progress(run, checkpoint), catch_signals()
+    save(run, progress)  # from here on the folder is this run's
+    try:
+        loop(run, progress, stop_signals)
+    except Exception:
+        if progress.finite:  # an error in loading or in evaluation: keep the steps before it
+            progress.read(lag=0)
+            save(run, progress)
+        raise
+
+
+def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
+    """Data, then model, then what distributes it."""
+    rank, world = rank_and_world()
+    dataset = data.open_split(config.data, "train", config.train_split)
+    annotations, images = dataset.annotations, dataset.with_boxes()
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
-    if len(images) == 0:
-        raise DataError(f"{annotations.path}: no image has a box that can be learned")
+    print0(dataset.summary())
+    validation = None
     if not skip_eval:
-        validation = data.open_split(config.data, run, "val", config.val_split)
-        evaluate.check_categories(validation.annotations, **categories)  # now rather than after training
-    say(data.describe_dropped(dataset))
+        validation = data.open_split(config.data, "val", config.val_split)
+        evaluate.check_categories(validation.annotations, **categories, owner=annotations.path)
+        print0(validation.summary())
+    if len(images) == 0:
+        raise UserError(f"{annotations.path}: no image has a box that can be learned")
     config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
     if config.epochs > 0:
-        config = replace(config, steps=max(1, min(config.steps, round(config.epochs * len(images) / config.batch_size))))
-    share = config.batch_size // world
-    most = config.images_per_gpu or share
-    accumulate = config.accumulate or next((a for a in range(1, share + 1) if share % a == 0 and share // a <= most), 1)
-    if config.batch_size % (world * accumulate):
-        raise ConfigError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} processes x {accumulate} "
-                          "accumulation steps; change --batch-size, --accumulate or --images-per-gpu")
-    say(f"{config.batch_size} images a step: {world} process{'es' * (world > 1)} x {accumulate} portion{'s' * (accumulate > 1)} x "
-        f"{share // accumulate} images, in {dtype_of(config.precision, device)} on {device.type}".replace("torch.", ""))
-    sampler = data.TrainSampler(annotations.sizes, images, config.batch_size, config.seed, config.train_short_sides,
-                                config.model.long_side, config.model.enlarge, config.flip, config.canvas_sides)
+        steps = math.ceil(min(config.steps, config.epochs * len(images) / config.batch_size))
+        config = replace(config, steps=max(1, steps))
+    count = count_microbatches(config, world)
+    sampler = data.TrainSampler(
+        annotations.sizes, images, config.batch_size, config.seed, config.train_short_sides,
+        config.model.long_side, config.model.enlarge, config.flip, config.canvas_sides)
 
-    # model and optimizer
     torch.manual_seed(config.seed)
-    model = FCOS(config.model, config.backbone_weights if not resume else "none")
-    if init_file and not resume:
-        init_from(model, init_file, categories)
-    model.to(device, memory_format=torch.channels_last)
+    model = FCOS(config.model, config.backbone_weights if not checkpoint else "none")
+    if init_file and not checkpoint:
+        init_from(model, init_file, categories["names"])
+    # On a CPU, the backward pass of float32 convolutions is slower in channels_last.
+    slow = device.type == "cpu" and dtype_of(config.precision, device) == torch.float32
+    model.to(device, memory_format=torch.contiguous_format if slow else torch.channels_last)
     optimizer = build_optimizer(model, config)
-    first_step = 0
-    if resume:
-        first_step = go_on(run, model, optimizer, digest)
-        say(f"{run}: finished at step {first_step}, nothing left to train" if first_step == config.steps else
-            f"{run}: going on from step {first_step}")
+    if checkpoint:
+        restore(checkpoint, folder, model, optimizer, dataset)
+
     network = model
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64
-        network = torch.compile(network, dynamic=False)  # once for every shape of canvas
+        # Once for every canvas; the option keeps channels_last through every GroupNorm.
+        network = torch.compile(network, dynamic=False, options={"force_layout_optimization": True})
     if world > 1:
-        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True)
-        network.register_comm_hook(None, add_up)
+        network = DistributedDataParallel(
+            network, device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers are frozen
+        network.register_comm_hook(None, sum_gradients)
+    run = Run(folder, config, device, dataset, validation, categories, sampler, count, model,
+              network, optimizer)
+    if rank == 0:
+        print_plan(run, checkpoint["step"] if checkpoint else 0)
+    return run
 
-    def checkpoint_of(step):
-        return {"format": CHECKPOINT_FORMAT, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "random_state": torch.get_rng_state(), "config": dataclasses.asdict(config), "categories": categories,
-                "data_hash": digest}
 
-    if rank == 0 and not resume:
-        save_checkpoint(run, checkpoint_of(0))  # from here on, the folder is this run's and --resume goes on with it
-    progress = Progress(run, config, first_step) if rank == 0 else None
-
-    def evaluation_due(step):
-        return not skip_eval and config.eval_every and step % config.eval_every == 0 and step < config.steps
-
-    def evaluate_step(step):
-        started, out = time.time(), run if step == config.steps else None  # the report is of the end
-        detector = Detector(model, device, config.precision)
-        metrics = evaluate.evaluate(detector, validation, categories, out, num_workers=config.num_workers)
-        if rank == 0:
-            figures = metrics["figures"]
-            if not any("AP" in entry and entry["step"] == step for entry in read_metrics(run)):  # else a finished run, resumed
-                progress.write({"step": step, **figures})
-            if not out:
-                say(f"step {step}/{config.steps} | " + " ".join(f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75")))
-            progress.last += time.time() - started  # its images/s are those of training
-
-    # the loop
-    stop_signal = []
-    default_handlers = {number: signal.signal(number, lambda number, frame: stop_signal.append(number))
-                        for number in (signal.SIGTERM, signal.SIGINT)}
-    batches = data.load(dataset, data.shares(sampler, range(first_step, config.steps), accumulate, rank, world),
-                        config.num_workers, pin_memory=device.type == "cuda")
-    unread = []               # losses on the device, not looked at yet: reading them waits for it
-    recent = []               # losses since the last report
-    saved_at = time.time()
-    for step in range(first_step, config.steps):
-        waiting = time.time()
-        parts = [next(batches).to(device) for _ in range(accumulate)]
-        if rank == 0:
-            progress.data_wait += time.time() - waiting
-
+def loop(run: Run, progress: Progress, stop_signals: list):
+    """Steps until the end, or until a signal."""
+    config, (rank, world) = run.config, rank_and_world()
+    steps, eval_every = range(progress.step, config.steps), evaluation_interval(config)
+    requests = data.microbatches(run.sampler, steps, run.microbatches, rank, world)
+    batches = data.batches(run.dataset, requests, config.num_workers, run.device.type == "cuda")
+    if progress.step and (progress.step % eval_every == 0 or progress.step == config.steps):
+        evaluate_step(run, progress)  # unless it was done before the interruption
+    for step in steps:
+        waiting = time.monotonic()
+        microbatches = [next(batches).to(run.device) for _ in range(run.microbatches)]
+        progress.waited += time.monotonic() - waiting
+        torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for a dropout, if you add one
         try:
-            unread.append(training_step(network, optimizer, parts, lr := lr_at(step, config), config))
-        except torch.OutOfMemoryError:
-            raise too_large(step, parts) from None
+            total = training_step(run.network, run.optimizer, microbatches, lr_at(step, config),
+                                  config)
+        except RuntimeError as error:
+            raise memory_error(error, step, microbatches) from None
+        progress.push(total, bool(stop_signals))
 
-        # now and then: look at the losses, tell, save, stop, evaluate
+        # periodically: log, checkpoint, evaluate
         done = step + 1
         last = done == config.steps
-        tell = last or done % config.log_every == 0
-        save = last or done % config.checkpoint_every == 0 or evaluation_due(done)
-        if device.type == "cuda" and not tell and not save:
-            continue
-        read = torch.stack([*unread, torch.full_like(unread[0], bool(stop_signal))])            # (steps + 1, 3)
-        if world > 1:
-            dist.all_reduce(read)
-        *read, (stop, *_) = read.tolist()
-        for earlier, values in enumerate(read, start=done - len(unread)):
-            if not all(map(math.isfinite, values)):
-                image_ids = annotations.image_ids[[request.index for request in sampler.global_batch(earlier)]].tolist()
-                stop_at_non_finite(run, rank, earlier, dict(zip(TERMS, values)), lr_at(earlier, config), image_ids)
-            recent.append(values)
-        unread.clear()
-        if rank == 0:
-            if tell:
-                progress.report(done, {name: sum(v) / len(v) for name, v in zip(TERMS, zip(*recent))}, lr, device)
-                recent.clear()
-            if save or stop or time.time() - saved_at > 60 * config.checkpoint_minutes:
-                if not all(p.isfinite().all() for p in model.parameters()):  # the loss was, but not its last update
-                    raise DataError(f"the weights are not finite after step {done} (lr {lr:g}); {REMEDY.format(run=run)}")
-                save_checkpoint(run, checkpoint_of(done))
-                saved_at = time.time()
-        if stop and not last:
-            say(f"\nstopped by a signal after step {done}; go on with: make resume RUN={run}")
-            sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
-        if evaluation_due(done):
-            evaluate_step(done)
-    for number, default in default_handlers.items():
-        signal.signal(number, default)
-    if not skip_eval:
-        evaluate_step(config.steps)
+        log, evaluation = done % config.log_every == 0 or last, done % eval_every == 0 or last
+        minutes = (time.monotonic() - progress.saved_at) / 60
+        checkpoint = (done % config.checkpoint_every == 0 or evaluation or done >= progress.stop_at
+                      or rank == 0 and minutes > config.checkpoint_minutes)
+        progress.read(0 if log or checkpoint else progress.lag)
+        if log:
+            progress.log()
+        if checkpoint or done >= progress.stop_at:
+            progress.read(lag=0)
+            save(run, progress)
+        if done >= progress.stop_at and not last:
+            print0(f"\nstopped by a signal after step {done}; make resume RUN={run.folder} goes on")
+            sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
+        if evaluation:
+            evaluate_step(run, progress)
 
 
-def too_large(step, parts: list[data.Batch]) -> DataError:
-    n, _, height, width = parts[0].images.shape
-    most = max(len(boxes) for part in parts for boxes in part.boxes)
-    less = f"set --images-per-gpu {n // 2}, or" if n > 1 else "lower --channels, or"
-    return DataError(f"step {step} does not fit into the memory of {parts[0].images.device}: {n} image{'s' * (n > 1)} on "
-                     f"{width} x {height} pixels, with up to {most} boxes; {less} lower --train-short-sides")
+def save(run: Run, progress: Progress):
+    """Save a checkpoint of the steps completed, on rank 0, unless there is one already."""
+    if rank_and_world()[0] > 0 or progress.saved_step == progress.step:
+        return
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        progress.finite = False
+        raise not_finite(run, progress.step - 1, {})
+    save_checkpoint(run.folder, {
+        "format": CHECKPOINT_FORMAT, "step": progress.step, "losses": progress.losses,
+        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "config": asdict(run.config), "categories": run.categories,
+        "data_hash": data_hash(run.dataset)})
+    progress.saved_step, progress.saved_at = progress.step, time.monotonic()
 
 
-def stop_at_non_finite(run, rank, step, losses, lr, image_ids):
-    """End all processes at the first loss that is not finite; the checkpoint before it stays."""
-    if rank == 0:
-        (run / "non_finite.json").write_text(json.dumps({"step": step, "lr": lr, "losses": {k: str(v) for k, v in losses.items()},
-                                                         "image_ids": image_ids}))
-    raise DataError(f"the loss is not finite at step {step} (lr {lr:g}, {', '.join(f'{k} {v}' for k, v in losses.items())}; images "
-                    f"{image_ids}, also in {run / 'non_finite.json'}); look at these images' boxes, or {REMEDY.format(run=run)}")
+def evaluate_step(run: Run, progress: Progress):
+    """Evaluate the weights of this step, once; keep the best ones in RUN/best.pt."""
+    step, config = progress.step, run.config
+    if not run.validation or any("AP" in e and e["step"] == step for e in progress.entries):
+        return
+    started = time.monotonic()
+    detector = Detector(run.model, run.categories["names"], run.device, config.precision)
+    metrics = evaluate.evaluate(
+        detector, run.validation, run.categories["ids"],
+        run.folder if step == config.steps else None,  # full report only at the end
+        batch_size=min(8, config.batch_size // (rank_and_world()[1] * run.microbatches)),
+        num_workers=config.num_workers)
+    figures = metrics["figures"] if metrics else {"AP": -1.0}  # rank 0 has them
+    if metrics:
+        print0(f"step {step}/{config.steps} | " + " | ".join(
+            f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+        if figures["AP"] >= max((e["AP"] for e in progress.entries if "AP" in e), default=0):
+            newest = checkpoints_of(run.folder)[0].read_bytes()
+            atomic_write(run.folder / "best.pt", lambda file: file.write(newest))
+    progress.write({"step": step, **figures})
+    progress.pause(time.monotonic() - started)
 
 
-def plot(runs: list[str]):
-    """Draw the loss and the AP of one or more runs over one another, to runs/curves.png."""
-    panels = {"loss": {}, "AP": {}}  # title -> run -> steps and values
-    for run in runs:
-        if not (Path(run) / "metrics.jsonl").exists():
-            raise DataError(f"{run}/metrics.jsonl: no such file; name folders of runs, such as runs/demo")
-        entries = read_metrics(Path(run))
-        points = {"loss": [(entry["step"], sum(entry[name] for name in TERMS)) for entry in entries if "cls" in entry],
-                  "AP": [(entry["step"], entry["AP"]) for entry in entries if "AP" in entry]}
-        for title, curve in points.items():
-            if curve:
-                panels[title][str(run)] = list(zip(*curve))
-    panels = [(title, "step", curves) for title, curves in panels.items() if curves]
-    if not panels:
-        raise DataError(f"{', '.join(map(str, runs))}: nothing was reported yet; --log-every says when it is")
-    Path("runs").mkdir(exist_ok=True)
-    evaluate.draw_curves("runs/curves.png", panels)
-    print("runs/curves.png")
+def not_finite(run: Run, step: int, losses: dict) -> UserError:
+    indices = [request.index for request in run.sampler.global_batch(step)]
+    ids = run.dataset.annotations.image_ids[indices].tolist()
+    terms = "".join(f"{name} {value:g}, " for name, value in losses.items())
+    return UserError(f"the loss or the weights are not finite at step {step} ({terms}lr "
+                     f"{lr_at(step, run.config):g}, images {ids}); look at their boxes, or start a "
+                     f"run from the last good weights with a lower --lr: --init-from {run.folder}")
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
+def memory_error(error: RuntimeError, step: int, microbatches: list[data.Batch]) -> Exception:
+    """Out of memory as a sentence; any other error as it is."""
+    if not evaluate.is_out_of_memory(error):
+        return error
+    n, _, height, width = microbatches[0].images.shape
+    lower = f"--microbatch {n // 2}" if n > 1 else "--channels"
+    boxes = max(max(m.counts) for m in microbatches)
+    return UserError(f"step {step} does not fit into the memory of "
+                     f"{microbatches[0].images.device}: {n} images on {width} x {height} pixels, "
+                     f"up to {boxes} boxes each; lower {lower} or --train-short-sides")
+
+
+def catch_signals() -> list:
+    """SIGTERM and SIGINT append to this list; a second one ends the process at once."""
+    caught = []
+
+    def handler(number, frame):
+        caught.append(number)
+        for n in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(n, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return caught
+
+
+def count_microbatches(config: TrainConfig, world: int) -> int:
+    """Into how many microbatches a process cuts its part of the batch."""
+    if config.batch_size % world:
+        raise UserError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} "
+                        f"processes; use GPUS={math.gcd(config.batch_size, world)}, or change "
+                        "--batch-size")
+    images = config.batch_size // world
+    largest = config.microbatch or images
+    return next(n for n in range(1, images + 1) if images % n == 0 and images // n <= largest)
+
+
+def evaluation_interval(config: TrainConfig) -> int:
+    return config.eval_every or math.ceil(config.steps / 5)
+
+
+def print_plan(run: Run, step: int):
+    """What is about to happen, and whether any location learns anything."""
+    config, images = run.config, len(run.dataset.with_boxes())
+    device = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
+              f"CPU ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})")
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    world, count = rank_and_world()[1], run.microbatches
+    epochs = config.steps * config.batch_size / images
+    print(f"{device}, {dtype_of(config.precision, run.device)}; {config.model.backbone}, "
+          f"{parameters:.1f} M parameters; run folder {run.folder}\n"
+          f"{config.steps} steps of {config.batch_size} images ({world} processes x {count} "
+          f"microbatches x {config.batch_size // (world * count)} images) are {epochs:.1f} epochs"
+          f"{'; --epochs N makes it fewer' if epochs > 100 else ''}; warm-up "
+          f"{min(config.warmup_steps, config.steps // 10)} steps, evaluation every "
+          f"{evaluation_interval(config)}")
+    without, boxes = count_without_location(run.dataset, config)
+    if without:
+        print(f"{without} of {boxes} boxes get no location: too small for the image size, or "
+              "covered by smaller boxes (make check says more)")
+    if without == boxes:
+        raise UserError("no location learns any box, so nothing can be learned; raise "
+                        "--center-radius or --train-short-sides")
+    if step:
+        print(f"{run.folder}: " + (
+            "finished, nothing left to train; --init-from starts a longer run"
+            if step == config.steps else f"going on from step {step}"))
+    sys.stdout.flush()
+
+
+def count_without_location(dataset: data.CocoDataset, config: TrainConfig, most=200):
+    """Of the boxes in up to `most` images, how many no location would learn: (count, boxes)."""
+    without = total = 0
+    images = dataset.with_boxes()
+    for i in images[np.linspace(0, len(images) - 1, min(most, len(images)), dtype=int)]:
+        h0, w0 = dataset.annotations.sizes[i].tolist()
+        short_side = sum(config.train_short_sides) // 2
+        h, w = data.resized(h0, w0, short_side, config.model.long_side, config.model.enlarge)
+        locations = make_locations(*data.canvas_for([(h, w)]), offset=config.model.location_offset)
+        boxes = torch.from_numpy(dataset.targets(i)[0]) * torch.tensor([w / w0, h / h0]).repeat(2)
+        targets = assign_targets(locations, [boxes], [torch.arange(len(boxes))],
+                                 config.center_radius or None)
+        total += len(boxes)
+        without += len(boxes) - len(targets.labels[targets.labels >= 0].unique())
+    return without, total
+
+
+# --- command line -------------------------------------------------------------------------------
 
 def parse_arguments(argv):
-    """The preset named first (or demo), with every field of its two configurations as an option."""
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else "demo"
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise ConfigError(f"preset {name!r} is unknown; {remedy}")
+    """A preset, and an option for every field of both configurations; help is their comments."""
+    name = argv[0] if argv and argv[0] in PRESETS else "demo"
     config = PRESETS[name]
-    parser = argparse.ArgumentParser(prog=f"train.py {name}", description=f"Presets: {', '.join(PRESETS)}.")
-    parser.add_argument("--run-dir", dest="run", help=f"folder of the run (default: runs/{name})", default=f"runs/{name}")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__.partition("\n")[0],
+        epilog=f"Defaults shown are those of {name}; name a preset before --help for its own.")
+    parser.add_argument("preset", nargs="?", choices=PRESETS, metavar="PRESET",
+                        help=f"one of {', '.join(PRESETS)} (default: demo)")
+    parser.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/PRESET)")
     begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN, with its configuration")
-    begin.add_argument("--init-from", metavar="FILE", help="start from the weights of this checkpoint; classes may differ")
-    parser.add_argument("--plot", nargs="+", metavar="RUN", help="train nothing; draw the loss and AP curves of these runs")
-    parser.add_argument("--skip-eval", action="store_true", help="do not evaluate, neither on the way nor after training")
-    add_options(parser.add_argument_group("training"), config)
-    add_options(parser.add_argument_group("model"), config.model, without="num_classes")  # the data's
+    begin.add_argument("--resume", action="store_true",
+                       help="go on from the newest checkpoint in DIR, with its configuration")
+    begin.add_argument("--init-from", metavar="FILE",
+                       help="start with the weights of a run or checkpoint; classes may differ")
+    parser.add_argument("--skip-eval", action="store_true", help="train without evaluating")
+    for owner, group in ((config, parser.add_argument_group("training")),
+                         (config.model, parser.add_argument_group("model"))):
+        source = inspect.getsource(type(owner))
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.+(?:\n    #   .+)*)$", source, re.M))
+        for f in fields(owner):
+            if f.name in ("model", "num_classes"):  # num_classes is the data's
+                continue
+            default, options = getattr(owner, f.name), {}
+            if type(default) is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif get_origin(f.type) is Literal:
+                options = {"choices": get_args(f.type)}
+            else:
+                kind = type(f.default[0] if type(default) is tuple else f.default)
+                options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
+                if type(default) is tuple:
+                    options["nargs"] = len(default)
+            text = re.sub(r"\n    # +", " ", comments.get(f.name, ""))
+            text += f" (default: {default})" if default != "" else ""
+            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                               help=text.replace("%", "%%"), **options)
     args = parser.parse_args(argv)
-    of_training, of_model = given(args, config), given(args, config.model)
-    if of_training.get("data", "shapes") != "shapes":
-        of_training["data"] = os.path.abspath(of_training["data"])  # a checkpoint may be used from another folder
+    if args.preset not in (None, name):
+        parser.error(f"name the preset first: {args.preset}")
+    changes = [{f.name: getattr(args, f.name) for f in fields(owner) if hasattr(args, f.name)}
+               for owner in (config, config.model)]
+    of_training, of_model = ({name: tuple(value) if type(value) is list else value
+                              for name, value in change.items()} for change in changes)
+    if of_training.get("data"):
+        of_training["data"] = os.path.abspath(of_training["data"])  # usable from another folder
     args.changed = of_training | of_model
     args.config = replace(config, **of_training, model=replace(config.model, **of_model))
+    args.run_dir = Path(args.run_dir if args.run_dir is not None else f"runs/{name}")
     return args
 
 
-def set_up(args) -> tuple[TrainConfig, bool]:
-    """What is to be trained, and whether it was begun before. Sees to it that no run is overwritten."""
-    checkpoints = checkpoints_of(args.run)
-    restarted = checkpoints and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
-    if args.resume or restarted:
-        fixed = sorted(f"--{name.replace('_', '-')}" for name in args.changed.keys() - RESUMABLE)
+def load_run(args) -> tuple[TrainConfig, dict | None]:
+    """The configuration, and the checkpoint to go on from; no run is ever overwritten."""
+    folder = args.run_dir
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+    if args.resume or restarted and checkpoints_of(folder):
+        fixed = sorted(f"--{name.replace('_', '-')}" for name in args.changed.keys() - MAY_CHANGE)
+        fixed += [args.preset] if args.preset else []
         if args.resume and fixed:
-            raise ConfigError(f"--resume goes on with the configuration of {args.run}; leave out {', '.join(fixed)}")
-        config = config_from(load_checkpoint(args.run), args.run)
-        return replace(config, **{k: v for k, v in args.changed.items() if k in RESUMABLE}), True
-    if checkpoints:
-        raise ConfigError(f"{args.run} holds a run already; go on with it (make resume RUN={args.run}), choose another folder "
-                          "(RUN=...), or delete it")
+            raise UserError(f"--resume keeps the configuration of {folder}; leave out "
+                            f"{', '.join(fixed)}, or start another run with --init-from {folder}")
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such run; name one with RUN=... (--run-dir)")
+        checkpoint = load_checkpoint(folder)
+        values = checkpoint["config"] | {"model": ModelConfig(**checkpoint["config"]["model"])}
+        config = config_from_dict(TrainConfig, values, folder)
+        may_change = {name: x for name, x in args.changed.items() if name in MAY_CHANGE}
+        return replace(config, **may_change), checkpoint
+    refuse_to_overwrite(folder)
     config = args.config
     if not config.data:
-        raise ConfigError("no data set; name a COCO-format folder with DATA=... (--data)")
+        raise UserError("no data; name a COCO-format folder with DATA=... (--data)")
     if args.init_from:  # its weights mean nothing in another architecture
         theirs = load_checkpoint(args.init_from)["config"]["model"]
         adopted = {name: theirs[name] for name in ARCHITECTURE if name not in args.changed}
         config = replace(config, backbone_weights="none", model=replace(config.model, **adopted))
-    return config, False
+    return config, None
+
+
+def refuse_to_overwrite(folder: Path):
+    if checkpoints_of(folder):
+        raise UserError(f"{folder} holds a run; go on with it (make resume RUN={folder}), choose "
+                        "another folder (RUN=...), or delete it")
+
+
+def lock(folder: Path):
+    """Keep other trainings out of the folder for as long as this process lives."""
+    if rank_and_world()[0] == 0:
+        evaluate.make_folder(folder, "RUN=... (--run-dir)")
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
+        except OSError:
+            raise UserError(f"{folder}: another process is training here; choose another folder "
+                            "with RUN=... (--run-dir)") from None
+    if dist.is_initialized():
+        dist.barrier()
+        if not (folder / ".lock").exists():
+            raise UserError(f"{folder}: rank 0 sees another folder; share it between machines")
 
 
 def main():
     args = parse_arguments(sys.argv[1:])
-    if args.plot:
-        return plot(args.plot)
-    device = evaluate.join_process_group()
-    config, resume = set_up(args)
-    run = Path(args.run)
-    if evaluate.rank_and_world()[0] == 0:
-        data.make_folder(run, "RUN=... (--run-dir)")
-        if config.data == "shapes":
-            data.make_shapes(run / "data")
-    if dist.is_initialized():
-        dist.barrier()
-    train(config, run, device, resume, args.init_from, args.skip_eval)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if args.run_dir == Path("."):
+        raise UserError("--run-dir is empty; name a folder")
+    device = evaluate.init_distributed()
+    config, checkpoint = load_run(args)
+    train(config, args.run_dir, device, checkpoint, args.init_from, args.skip_eval)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, ConfigError, OSError) as error:
-        sys.exit(data.sentence(error))
+    evaluate.run_program(main)

@@ -1,11 +1,14 @@
-"""python -m csrc: what the CUDA extension needs, and what is built.  With --build: build it, showing the compiler."""
+"""python -m csrc: what the CUDA extension needs, and what is built.
+
+With --build: build it now, and show the compiler's output.
+"""
 
 import argparse
 import subprocess
 
 import csrc
 
-parser = argparse.ArgumentParser(prog="python -m csrc", description=__doc__)
+parser = argparse.ArgumentParser(prog="python -m csrc", description=__doc__.splitlines()[0])
 parser.add_argument("--build", action="store_true", help="build the extension now")
 build = parser.parse_args().build
 
@@ -18,6 +21,6 @@ if build:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise SystemExit(f"csrc: {error}")
 else:
-    failed = (folder / "failed.log").exists()
-    state = "yes" if (folder / "fcos.so").exists() else "it failed, see failed.log" if failed else "no"
+    failed = "it failed, see failed.log" if (folder / "failed.log").exists() else "no"
+    state = "yes" if (folder / "fcos.so").exists() else failed
     print(f"built                    {state}, in {folder}")

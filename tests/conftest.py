@@ -1,4 +1,4 @@
-"""Shared by the tests: the modules of the top level can be imported, and results do not depend on the test order."""
+"""The top level and the tools can be imported, and results do not depend on the test order."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 
 @pytest.fixture(autouse=True)

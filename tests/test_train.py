@@ -1,478 +1,724 @@
-"""Training is exact, whatever it is split over, and survives: processes really started, really killed, files really damaged."""
+"""Training is exact however it is split, and it survives: processes really killed and stopped."""
 
-import dataclasses
+import copy
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 import data
+import evaluate
 import train
-from model import FCOS, ModelConfig, build_detector, checkpoints_of, load_checkpoint
+from data import UserError
+from make_shapes import SHAPES, make_shapes
+from model import FCOS, ModelConfig, checkpoints_of, load_checkpoint
+from train import PRESETS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
-# A detector so small that a start takes longer than its training. SGD at a gentle rate: AdamW or a rough start would magnify
-# the rounding of sums taken in another order from 1e-7 to 1e-3 within 30 steps.
-TINY = ["demo", "--channels", "32", "--tower-depth", "1", "--train-short-sides", "64", "64", "--short-side", "64", "--batch-size", "8",
-        "--steps", "30", "--epochs", "0", "--optimizer", "sgd", "--lr", "0.001", "--warmup-steps", "5", "--log-every", "1",
-        "--precision", "fp32", "--skip-eval"]
+# SGD at a gentle rate: AdamW magnifies the rounding of sums that are taken in another order.
+TINY = ("demo --channels 8 --tower-depth 1 --frozen-stages 5 --train-short-sides 64 64 "
+        "--short-side 64 --batch-size 8 --steps 12 --epochs 0 --optimizer sgd --lr 0.001 "
+        "--log-every 2 --checkpoint-every 3 --eval-every 4 --precision fp32 "
+        "--num-workers 0 --score-threshold 0").split()
+FORKS = multiprocessing.get_context("forkserver")  # a start takes no import of torch
+FORKS.set_forkserver_preload(["train"])
 
 
-def start(*options, processes=1, torchrun=()):
-    """train.py as a user starts it, on the CPU."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *torchrun] if processes > 1 else []
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launcher, "train.py", *map(str, options)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+def main(*options):
+    """train.py in this process, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(train, "catch_signals", list)  # pytest's own handlers stay
+        patch.setattr(train, "lock", lambda run: run.mkdir(exist_ok=True))  # lasts like the process
+        train.main()
 
 
-def finish(process, timeout=300):
-    output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output
+def start(output, *options, world=1, program="train"):
+    """Programs in processes of their own, as torchrun starts them; what they print: a file."""
+    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1"),
+                            ("CUDA_VISIBLE_DEVICES", "")):
+            patch.setenv(name, value)  # of the server
+        processes = []
+        for rank in range(world):
+            ranks = {} if world == 1 else {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            arguments = (program, [str(option) for option in options], ranks, str(output))
+            processes.append(FORKS.Process(target=_child, args=arguments))
+            processes[-1].start()
+    return processes
 
 
-def run_to_end(*options, **launch):
-    code, output = finish(start(*options, **launch))
-    assert code == 0, output
-    return output
+def _child(program, options, ranks, output):
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a user's
+    os.setsid()
+    os.environ.update(ranks)
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [f"{program}.py", *options]
+    evaluate.run_program({"train": train, "evaluate": evaluate}[program].main)
 
 
-def main(monkeypatch, *options):
-    """train.py in this process, where starting another one would prove no more."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    train.main()
+def finish(processes, timeout=120):
+    """The exit codes."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
 
 
-def losses_of(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[line["cls"], line["box"], line["centerness"]] for line in lines]
-
-
-def weights_of(run):
-    return load_checkpoint(run)["model"]
-
-
-def assert_same_bits(run, other):
-    a, b = weights_of(run), weights_of(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def wait_for(condition, process, timeout=120):
-    end = time.time() + timeout
+def wait_for(condition, timeout=120):
+    end = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.time() < end
+        assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def metrics_of(run):
+    """RUN/metrics.jsonl without what depends on the clock."""
+    path = run / "metrics.jsonl"
+    entries = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in entry.items()
+             if key not in ("images_per_second", "seconds")} for entry in entries]
+
+
+def assert_equal_runs(run, other):
+    """The same weights, bit for bit, and the same history."""
+    a, b = load_checkpoint(run)["model"], load_checkpoint(other)["model"]
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert metrics_of(run) == metrics_of(other)
+
+
+def assert_close_runs(run, other, steps):
+    """The same losses and weights, up to the order of sums."""
+    a, b = ([e for e in metrics_of(r) if "cls" in e] for r in (run, other))
+    assert [e["step"] for e in a] == [e["step"] for e in b] == steps
+    for x, y in zip(a, b):
+        for name in train.TERMS:
+            assert x[name] == pytest.approx(y[name], abs=5e-5, rel=1e-4), (x["step"], name)
+    a, b = load_checkpoint(run)["model"], load_checkpoint(other)["model"]
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+
+
+def edit(path, change):
+    """Change a JSON file by `change(content)`."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def link_copy(source, folder):
+    """A copy of a folder that may be changed file by file."""
+    return Path(shutil.copytree(source, folder, copy_function=lambda a, b: (
+        shutil.copy(a, b) if a.endswith(("json", "jsonl")) else os.link(a, b))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums depend on the number of threads; the processes started have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """48 generated images; every third has one box that lies between the locations, so that whole portions have no positive."""
+    """48 generated images; two of three have nothing but a box between the locations."""
     root = tmp_path_factory.mktemp("shapes")
-    data.make_shapes(root, num_train=48, num_val=8, size=64)
-    path = root / "annotations" / "instances_train.json"
-    content = json.loads(path.read_text())
-    hopeless = {image["id"] for image in content["images"][::3]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in hopeless]
-    content["annotations"] += [{"id": 10_000 + i, "image_id": i, "category_id": 1, "bbox": [5, 5, 2, 2], "area": 4, "iscrowd": 0}
-                               for i in hopeless]
-    path.write_text(json.dumps(content))
+    make_shapes(root, num_train=48, num_val=8, size=64)
+
+    def hide(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 3 == 0]
+        content["annotations"] += [
+            {"id": 1000 + i, "image_id": i, "category_id": 1, "bbox": [5, 5, 2, 2], "iscrowd": 0}
+            for i in range(1, 49) if i % 3]
+
+    edit(root / "annotations" / "instances_train.json", hide)
     return root
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(dataset, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    run_to_end(*TINY, "--data", dataset, "--run-dir", run, "--num-workers", 1)
+    main(*TINY, "--data", dataset, "--run-dir", run)
     return run
 
 
-# --- the GPU count changes nothing ------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("split", [dict(processes=2), dict(accumulate=4), dict(processes=2, accumulate=2)], ids=str)
-def test_processes_and_accumulation_change_neither_losses_nor_weights(dataset, uninterrupted, tmp_path, split):
-    run_to_end(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 0, "--accumulate", split.get("accumulate", 1),
-               processes=split.get("processes", 1))
-    one, other = losses_of(uninterrupted), losses_of(tmp_path)
-    assert len(one) == len(other) == 30
-    for step, (a, b) in enumerate(zip(one, other)):
-        assert a == pytest.approx(b, abs=5e-5, rel=1e-4), f"step {step}"
-    a, b = weights_of(uninterrupted), weights_of(tmp_path)
-    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+@pytest.fixture(scope="module")
+def finished(uninterrupted):
+    return load_checkpoint(uninterrupted)
 
 
-@pytest.mark.skipif(not BCCD.exists(), reason="no real photographs beside the repository (../shared/data/bccd)")
-def test_two_processes_agree_with_one_on_real_photographs(tmp_path):
-    for processes in (1, 2):
-        run_to_end(*TINY, "--data", BCCD, "--run-dir", tmp_path / str(processes), "--num-workers", 0, processes=processes)
-    for a, b in zip(losses_of(tmp_path / "1"), losses_of(tmp_path / "2")):
-        assert a == pytest.approx(b, abs=5e-5, rel=1e-4)
-    a, b = weights_of(tmp_path / "1"), weights_of(tmp_path / "2")
-    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+# --- the number of processes changes nothing ----------------------------------------------------
+
+@pytest.mark.parametrize("world, microbatch", [(1, 2), (2, 2)])
+def test_processes_and_microbatches_change_neither_losses_nor_weights(
+        dataset, uninterrupted, finished, tmp_path, world, microbatch):
+    sampler = data.TrainSampler(  # the images of a whole process have no positive location
+        *(lambda d: (d.annotations.sizes, d.with_boxes()))(data.open_split(dataset, "train")), 8, 0,
+        (64, 64), 440, False)
+    empty = [all(request.index % 3 != 2 for request in batch)
+             for batch in data.microbatches(sampler, range(12), 1, rank=1, world=2)]
+    assert 0 < sum(empty) < 12
+    run = tmp_path / "run"
+    codes = finish(start(tmp_path / "log", *TINY, "--skip-eval", "--data", dataset, "--run-dir",
+                         run, "--microbatch", microbatch, world=world))
+    assert codes == [0] * world, (tmp_path / "log").read_text()
+    assert_close_runs(run, uninterrupted, steps=[2, 4, 6, 8, 10, 12])
 
 
-def test_images_per_gpu_sets_the_accumulation(dataset, tmp_path, monkeypatch, capsys):
-    main(monkeypatch, *TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--images-per-gpu", 3)
-    assert "8 images a step: 1 process x 4 portions x 2 images" in capsys.readouterr().out  # 3 portions do not divide a batch of 8
+@pytest.mark.skipif(not BCCD.exists(), reason="no photographs in ../shared/data/bccd")
+def test_two_processes_agree_with_one_on_photographs(tmp_path):
+    options = [*TINY, "--skip-eval", "--data", BCCD, "--steps", 3, "--log-every", 1,
+               "--frozen-stages", 2]
+    processes = start(tmp_path / "log", *options, "--run-dir", tmp_path / "two", world=2)
+    main(*options, "--run-dir", tmp_path / "one")
+    assert finish(processes) == [0, 0], (tmp_path / "log").read_text()
+    assert_close_runs(tmp_path / "one", tmp_path / "two", steps=[1, 2, 3])
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(dataset, tmp_path, monkeypatch):
-    with pytest.raises(train.ConfigError, match="a batch of 8 images cannot be shared evenly by 1 processes x 3 accumulation steps"):
-        main(monkeypatch, *TINY, "--data", dataset, "--run-dir", tmp_path, "--accumulate", 3)
+@pytest.mark.parametrize("world, microbatch, expected", [
+    (1, 0, 1), (2, 0, 1), (1, 8, 1), (1, 9, 1), (1, 4, 2), (1, 3, 4), (2, 3, 2), (8, 1, 1)])
+def test_microbatches_are_equal_and_at_most_as_large_as_asked_for(world, microbatch, expected):
+    config = replace(PRESETS["demo"], batch_size=8, microbatch=microbatch)
+    assert train.count_microbatches(config, world) == expected
 
 
-# --- it survives ------------------------------------------------------------------------------------------------------
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(UserError, match="8 images .* 6 processes; use GPUS=2, or .*--batch-size"):
+        train.count_microbatches(replace(PRESETS["demo"], batch_size=8), 6)
+
+
+# --- it survives --------------------------------------------------------------------------------
 
 def test_killed_at_random_moments_it_resumes_bit_for_bit(dataset, uninterrupted, tmp_path):
-    draw = random.Random(0)
-    options = ["--num-workers", 1, "--checkpoint-every", 2]
-    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, *options)
-    wait_for(lambda: checkpoints_of(tmp_path), process)
+    draw, run, log = random.Random(0), tmp_path / "run", tmp_path / "log"
+    process = start(log, *TINY, "--data", dataset, "--run-dir", run, "--num-workers", 1)
+    wait_for(lambda: checkpoints_of(run))
     for kill in range(3):
-        if kill % 2:  # while a checkpoint is being written
-            wait_for(lambda: process.poll() is not None or list(tmp_path.glob("*.part")), process)
-        else:
-            time.sleep(draw.uniform(0, 1.5))
-        process.kill()
-        process.communicate()
-        process = start("--resume", "--run-dir", tmp_path, "--skip-eval", *options)
-        wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), process)
-        before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
-        wait_for(lambda: (tmp_path / "metrics.jsonl").stat().st_mtime_ns != before, process)  # it trains again
-    code, output = finish(process)
-    assert code == 0, output
-    assert_same_bits(tmp_path, uninterrupted)
-    assert losses_of(tmp_path) == losses_of(uninterrupted)  # nothing twice, nothing missing
+        time.sleep(draw.uniform(0, 1.5))
+        process[0].kill()
+        process[0].join()
+        process = start(log, "--resume", "--run-dir", run)
+    assert finish(process) == [0], log.read_text()
+    assert_equal_runs(run, uninterrupted)
 
 
-def test_sigterm_finishes_the_step_saves_and_says_so_by_its_exit_code(dataset, uninterrupted, tmp_path):
-    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 1)
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses_of(tmp_path)) >= 2, process)
-    os.killpg(process.pid, signal.SIGTERM)  # as timeout and job schedulers do: to the loader's workers as well
-    code, output = finish(process)
-    assert code == 128 + signal.SIGTERM and f"make resume RUN={tmp_path}" in output
-    stopped = load_checkpoint(tmp_path)["step"]
-    assert 2 <= stopped < 30 and len(losses_of(tmp_path)) == stopped
-    run_to_end("--resume", "--run-dir", tmp_path, "--skip-eval")
-    assert_same_bits(tmp_path, uninterrupted)
+class Killed(BaseException):
+    """The process ends here."""
 
 
-def test_sigterm_to_torchrun_saves_as_well(dataset, tmp_path):
-    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 1, "--steps", 100_000, processes=2)
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses_of(tmp_path)) >= 2, process)
-    process.send_signal(signal.SIGTERM)
-    code, output = finish(process)
-    assert code != 0 and f"make resume RUN={tmp_path}" in output
-    assert load_checkpoint(tmp_path)["step"] == len(losses_of(tmp_path)) >= 2
+@pytest.mark.parametrize("module, function, call", [
+    (train, "save_checkpoint", 2),  # of step 4, whose line is written; step 3 waits for its line
+    (evaluate, "evaluate", 0),      # of step 4, whose checkpoint is saved
+    (evaluate, "evaluate", 2)],     # of the last step
+    ids=["before a save", "before an evaluation", "before the last evaluation"])
+def test_what_was_due_when_it_was_killed_is_made_up_for(
+        dataset, uninterrupted, tmp_path, monkeypatch, module, function, call):
+    original, calls = getattr(module, function), []
+
+    def killed(*args, **options):
+        calls.append(args)
+        if len(calls) > call:
+            raise Killed
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, function, killed)
+    with pytest.raises(Killed):
+        main(*TINY, "--data", dataset, "--run-dir", tmp_path)
+    assert metrics_of(tmp_path) != metrics_of(uninterrupted)
+    monkeypatch.undo()
+    main("--resume", "--run-dir", tmp_path)
+    assert_equal_runs(tmp_path, uninterrupted)
 
 
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(dataset, uninterrupted, tmp_path):
-    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--checkpoint-every", 5)
-    wait_for(lambda: len(checkpoints_of(tmp_path)) == 2 and (tmp_path / "checkpoint-0000010.pt").exists(), process)
-    process.kill()
-    process.communicate()
-    newest = checkpoints_of(tmp_path)[0]
-    with open(newest, "r+b") as file:
-        file.truncate(newest.stat().st_size // 2)
-    output = run_to_end("--resume", "--run-dir", tmp_path, "--skip-eval")
-    assert f"{newest}: damaged" in output and re.search(r"going on from step \d", output)
-    assert_same_bits(tmp_path, uninterrupted)
+def test_an_error_in_loading_saves_the_steps_before_it(
+        dataset, uninterrupted, tmp_path, monkeypatch):
+    load = data.CocoDataset.load
+
+    def fails_at_step_5(self, requests):
+        if requests[0].seed is not None and requests[0].seed[2] == 5:
+            raise UserError("cannot be decoded")
+        return load(self, requests)
+
+    monkeypatch.setattr(data.CocoDataset, "load", fails_at_step_5)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        main(*TINY, "--data", dataset, "--run-dir", tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 5
+    monkeypatch.undo()
+    main("--resume", "--run-dir", tmp_path)
+    assert_equal_runs(tmp_path, uninterrupted)
 
 
-def test_torchrun_restarts_a_run_whose_process_was_killed(dataset, uninterrupted, tmp_path):
-    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 0, "--checkpoint-every", 5, processes=2,
-                    torchrun=["--max-restarts", "1"])
-    wait_for(lambda: (tmp_path / "checkpoint-0000005.pt").exists(), process)
-    os.kill(workers_of(process)[1], signal.SIGKILL)
-    code, output = finish(process)
-    assert code == 0 and "going on from step" in output, output
-    a, b = weights_of(uninterrupted), weights_of(tmp_path)
-    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+def test_sigterm_finishes_the_step_saves_and_exits_with_143(dataset, uninterrupted, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(log, *TINY, "--num-workers", 1, "--data", dataset, "--run-dir", run)
+    wait_for(lambda: metrics_of(run))
+    os.killpg(process[0].pid, signal.SIGTERM)  # as job schedulers do
+    assert finish(process) == [128 + signal.SIGTERM]
+    assert f"make resume RUN={run}" in log.read_text() and "Traceback" not in log.read_text()
+    assert 2 <= load_checkpoint(run)["step"] < 12
+    main("--resume", "--run-dir", run)
+    assert_equal_runs(run, uninterrupted)
 
 
-def test_one_dying_process_ends_all_within_a_minute(dataset, tmp_path):
-    process = start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--num-workers", 0, "--steps", 100_000, processes=2)
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and losses_of(tmp_path), process)
-    os.kill(workers_of(process)[1], signal.SIGKILL)
-    killed = time.time()
-    code, output = finish(process)
-    assert code != 0 and time.time() - killed < 60
+def test_torchrun_restarts_after_a_kill_and_passes_sigterm_on(dataset, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--max-restarts", "1", ROOT / "train.py", *TINY, "--skip-eval", "--steps", 100_000,
+               "--data", dataset, "--run-dir", run]
+    with open(log, "w") as file:
+        torchrun = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    wait_for(lambda: checkpoints_of(run) and checkpoints_of(run)[0].stem > "checkpoint-0000002")
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)],
+                              capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    wait_for(lambda: "going on from step" in log.read_text())
+    step = load_checkpoint(run)["step"]
+    wait_for(lambda: checkpoints_of(run)[0].stem > f"checkpoint-{step:07d}")
+    torchrun.send_signal(signal.SIGTERM)
+    assert torchrun.wait(60) != 0 and f"make resume RUN={run}" in log.read_text()
+    assert load_checkpoint(run)["step"] > step
 
 
-def workers_of(torchrun):
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in listed.split()]
+def test_when_one_process_dies_the_others_end(dataset, tmp_path):
+    run = tmp_path / "run"
+    processes = start(tmp_path / "log", *TINY, "--skip-eval", "--steps", 100_000, "--data", dataset,
+                      "--run-dir", run, world=2)
+    wait_for(lambda: metrics_of(run))
+    processes[1].kill()
+    assert finish(processes, timeout=30) == [1, -signal.SIGKILL]
+    assert load_checkpoint(run)["step"] >= metrics_of(run)[-1]["step"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(dataset, tmp_path):
-    code, output = finish(start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--lr", "1e20", "--grad-clip", 0, "--box-unit", "pixel"))
-    assert code == 1 and "the loss is not finite at step" in output and "Traceback" not in output
-    told = json.loads((tmp_path / "non_finite.json").read_text())
-    assert len(told["image_ids"]) == 8 and f"at step {told['step']} " in output and set(told["losses"]) == {"cls", "box", "centerness"}
-    assert all(value.isfinite().all() for value in weights_of(tmp_path).values())
-
-
-@pytest.mark.parametrize("batch_size, remedy", [(8, "set --images-per-gpu 4, or lower --train-short-sides"),
-                                                (1, "lower --channels, or lower --train-short-sides")])
-def test_out_of_memory_names_images_pixels_boxes_and_what_to_set(dataset, tmp_path, monkeypatch, batch_size, remedy):
-    def too_large(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    shown, as_loaded = [], data.Batch.to
-    monkeypatch.setattr(data.Batch, "to", lambda batch, device: shown.append(batch) or as_loaded(batch, device))
-    monkeypatch.setattr(FCOS, "forward", too_large)
-    monkeypatch.setattr(train.signal, "signal", lambda *args: None)  # pytest's own stay
-    config = train.parse_arguments([*TINY, "--data", str(dataset), "--batch-size", str(batch_size), "--num-workers", "0"]).config
-    with pytest.raises(data.DataError, match=rf"^step 0 does not fit into the memory of cpu: {batch_size} images? on \d+ x 64 pixels, "
-                                             rf"with up to (\d) boxes; {remedy}$") as raised:
-        train.train(config, tmp_path, torch.device("cpu"))
-    (step_0,) = shown
-    assert f"on {step_0.images.shape[3]} x {step_0.images.shape[2]} pixels" in str(raised.value)
-    assert f"up to {max(map(len, step_0.boxes))} boxes" in str(raised.value)
-    assert load_checkpoint(tmp_path)["step"] == 0
-
-
-def test_training_ends_with_the_evaluation_and_both_are_in_metrics_jsonl(dataset, tmp_path):
-    options = [option for option in TINY if option != "--skip-eval"]
-    output = run_to_end(*options, "--data", dataset, "--run-dir", tmp_path, "--steps", 2, "--warmup-steps", 1, "--log-every", 2,
-                        "--eval-every", 1)
-    first, told, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert (first["step"], told["step"], last["step"]) == (1, 2, 2) and "cls" in told and 0 <= first["AP50"] <= 1 and "AP50" in last
-    assert re.search(r"waiting for data \d+% \| \d+\.\d GB \|", output) and (tmp_path / "detections.png").exists()
-
-
-def test_evaluations_on_the_way_change_nothing_and_curves_are_drawn_of_them(dataset, uninterrupted, tmp_path, monkeypatch):
-    options = [option for option in TINY if option != "--skip-eval"]
-    output = run_to_end(*options, "--data", dataset, "--run-dir", tmp_path / "run", "--eval-every", 10)
-    assert_same_bits(tmp_path / "run", uninterrupted)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "AP" in line] == [10, 20, 30] and "step 20/30 | AP " in output
-    run_to_end("--resume", "--run-dir", tmp_path / "run")  # finished: evaluated once more, written down once
-    assert train.read_metrics(tmp_path / "run") == lines
-    monkeypatch.chdir(tmp_path)
-    train.plot([tmp_path / "run", uninterrupted])
-    assert min(Image.open("runs/curves.png").size) > 300
-
-
-def test_curves_of_a_run_that_reported_nothing_are_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(data.DataError, match="nothing was reported yet"):
-        train.plot([tmp_path])
+def test_a_loss_that_is_not_finite_stops_all_processes_and_keeps_the_checkpoint(dataset, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    codes = finish(start(log, *TINY, "--skip-eval", "--lr", "1e20", "--grad-clip", 0, "--box-unit",
+                         "pixel", "--data", dataset, "--run-dir", run, world=2))
+    assert codes == [1, 1] and "Traceback" not in log.read_text()
+    (told,) = re.findall(r"error: the loss .* not finite at step (\d+) \(cls \S+, box \S+, "
+                         r"centerness \S+, lr \S+, images \[([\d, ]+)\]\).*--init-from",
+                         log.read_text())  # one message of two processes
+    assert int(told[0]) > 0 and len(told[1].split(",")) == 8
+    assert all(value.isfinite().all() for value in load_checkpoint(run)["model"].values())
 
 
 def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
-    code, output = finish(start(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--lr", "1e39"))  # the update overflows
-    assert code == 1 and "the weights are not finite after step 1" in output and "--init-from" in output
+    with pytest.raises(UserError, match="weights are not finite at step 0 .*--init-from"):
+        main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--lr", "1e40",
+             "--grad-clip", 0)  # the update overflows
+    assert load_checkpoint(tmp_path)["step"] == 0 and not (tmp_path / "best.pt").exists()
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory."),
+                 RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
+@pytest.mark.parametrize("batch_size, remedy", [(8, "--microbatch 4"), (1, "--channels")])
+def test_out_of_memory_is_one_sentence_with_what_to_lower(
+        dataset, tmp_path, monkeypatch, error, batch_size, remedy):
+    def too_large(*args):
+        raise error
+
+    monkeypatch.setattr(FCOS, "forward", too_large)
+    with pytest.raises(UserError, match=rf"^step 0 .* memory of cpu: {batch_size} images on 64 x "
+                                        rf"64 pixels, up to \d boxes.*; lower {remedy} or --train"):
+        main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--batch-size", batch_size)
     assert load_checkpoint(tmp_path)["step"] == 0
 
 
-def test_without_evaluation_no_val_split_is_needed(dataset, tmp_path, monkeypatch):
-    (tmp_path / "data" / "annotations").mkdir(parents=True)
-    shutil.copy(dataset / "annotations" / "instances_train.json", tmp_path / "data" / "annotations")
-    (tmp_path / "data" / "train").symlink_to(dataset / "train")
-    main(monkeypatch, *TINY, "--data", tmp_path / "data", "--run-dir", tmp_path / "run", "--steps", 1, "--eval-every", 1)  # TINY: --skip-eval
-    assert load_checkpoint(tmp_path / "run")["step"] == 1
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_used(
+        uninterrupted, tmp_path, capsys):
+    run = link_copy(uninterrupted, tmp_path / "run")
+    newest, before = checkpoints_of(run)
+    half = newest.read_bytes()[:newest.stat().st_size // 2]
+    newest.unlink()
+    newest.write_bytes(half)
+    main("--resume", "--run-dir", run)
+    printed = capsys.readouterr()
+    assert f"{newest}: damaged" in printed.err and "going on from step 9" in printed.out
+    assert_equal_runs(run, uninterrupted)
 
 
-def test_train_and_val_of_different_categories_stop_before_training(dataset, tmp_path, monkeypatch):
-    shutil.copytree(dataset, tmp_path / "data")
-    val = tmp_path / "data" / "annotations" / "instances_val.json"
-    val.write_text(val.read_text().replace("ellipse", "oval"))
-    options = [option for option in TINY if option != "--skip-eval"]
-    with pytest.raises(data.DataError, match="'oval'.*'ellipse'"):
-        main(monkeypatch, *options, "--data", tmp_path / "data", "--run-dir", tmp_path / "run")
-    assert not checkpoints_of(tmp_path / "run")
-
-
-def test_a_finished_run_says_so_and_another_never_overwrites_it(dataset, uninterrupted, monkeypatch, capsys):
-    main(monkeypatch, "--resume", "--run-dir", uninterrupted, "--skip-eval")
-    assert "finished at step 30, nothing left to train" in capsys.readouterr().out
-    with pytest.raises(train.ConfigError, match="holds a run already; go on with it .make resume RUN="):
-        main(monkeypatch, *TINY, "--data", dataset, "--run-dir", uninterrupted)
-
-
-def test_resume_refuses_another_configuration_and_a_changed_data_set(dataset, uninterrupted, tmp_path, monkeypatch):
-    with pytest.raises(train.ConfigError, match="leave out --lr"):
-        main(monkeypatch, "--resume", "--run-dir", uninterrupted, "--lr", "0.1")
-    other = tmp_path / "other"
-    data.make_shapes(other, num_train=8, num_val=8, size=64, seed=1)
-    with pytest.raises(train.ConfigError, match="is not what .* --init-from"):
-        main(monkeypatch, "--resume", "--run-dir", uninterrupted, "--data", other)
-
-
-@pytest.mark.parametrize("change, says", [
-    (lambda c: c.pop("optimizer"), "its checkpoint holds weights but not what is needed to go on .KeyError.*--init-from"),
-    (lambda c: c.update(optimizer={"state": {}, "param_groups": []}), "its checkpoint holds weights but not what is needed to go on"),
-    (lambda c: c.update(optimizer=None), "its checkpoint holds weights but not what is needed to go on"),
-    (lambda c: c.update(random_state=torch.zeros(3)), "its checkpoint holds weights but not what is needed to go on"),
-    (lambda c: c.pop("data_hash"), "is not what .* was trained on so far"),
-    (lambda c: c["config"].pop("lr"), "its TrainConfig is not one of this version.*1 fields are missing or unknown: lr.*--init-from"),
-    (lambda c: c["config"].update(momentum=0.5), "its TrainConfig is not one of this version of the code .1 fields.*: momentum"),
-    (lambda c: c["config"].update(lr="x"), "its TrainConfig is not one of this version of the code .--lr 'x': must be of type float"),
-    (lambda c: c.update(format=0), "not a checkpoint of this version of the code"),
-])
-def test_a_checkpoint_that_cannot_be_gone_on_from_says_why_and_stays(uninterrupted, tmp_path, monkeypatch, change, says):
-    checkpoint = load_checkpoint(uninterrupted)
-    change(checkpoint)
-    torch.save(checkpoint, tmp_path / "checkpoint-0000030.pt")
-    before = (tmp_path / "checkpoint-0000030.pt").read_bytes()
-    with pytest.raises((data.DataError, train.ConfigError), match=says) as raised:
-        main(monkeypatch, "--resume", "--run-dir", tmp_path)
-    assert "\n" not in str(raised.value) and (tmp_path / "checkpoint-0000030.pt").read_bytes() == before
-
-
-def test_checkpoints_hold_nothing_but_tensors_and_plain_types_and_two_are_kept(uninterrupted):
-    checkpoint = torch.load(checkpoints_of(uninterrupted)[0], weights_only=True)
-    assert {"model", "optimizer", "step", "random_state", "config", "categories"} <= checkpoint.keys()
-    assert train.config_from(checkpoint, "it").model.num_classes == 3 and checkpoint["categories"]["names"] == list(data.SHAPES)
-    assert len(checkpoints_of(uninterrupted)) == 2
-
-
-def test_what_a_kill_left_unfinished_is_gone_with_the_next_checkpoint(tmp_path):
-    (tmp_path / "checkpoint-0000002.pt.part").write_bytes(b"half")
-    train.save_checkpoint(tmp_path, {"step": 3})
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000003.pt"]
+def test_checkpoints_under_other_names_are_the_users(tmp_path):
+    users = {"best.pt", "checkpoint-best.pt", "checkpoint-0000010-keep.pt"}
+    for name in users:
+        (tmp_path / name).write_text("kept")
+    (tmp_path / "checkpoint-0000003.pt.part").write_bytes(b"left by a kill")
+    for step in (3, 9_999_999, 10_000_000):
+        train.save_checkpoint(tmp_path, {"step": step})
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-10000000.pt",
+                                                                "checkpoint-9999999.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == users | {"checkpoint-10000000.pt",
+                                                                  "checkpoint-9999999.pt"}
+    assert all((tmp_path / name).read_text() == "kept" for name in users)
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     def no_space(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(train.ConfigError, match="No space left on device.*start again"):
-        train.save_checkpoint(tmp_path, {"step": 0})
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
     train.save_checkpoint(tmp_path, {"step": 1})
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(train.ConfigError, match="No space left on device.*--resume"):
+    with pytest.raises(UserError, match="checkpoint-0000002.pt: .*No space left on device"):
         train.save_checkpoint(tmp_path, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000001.pt"]
 
 
-def test_init_from_takes_the_weights_but_not_the_outputs_of_other_classes(uninterrupted, capsys):
-    model = FCOS(replace(build_detector(load_checkpoint(uninterrupted)).config, num_classes=5))
+def test_torn_and_foreign_lines_of_metrics_are_skipped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\nnoise\n[1]\n7\n\xff\n{"a": 1}\n{"step": "2"}\n\n{"step": 2}\n{"step": 3, "l')
+    assert train.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_metrics_line_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    run = SimpleNamespace(folder=tmp_path, device=torch.device("cpu"))
+    progress = train.Progress(run, None)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    progress.write({"step": 1})
+    assert "warning" in capsys.readouterr().out
+
+
+def test_a_second_training_in_the_same_folder_is_refused(dataset, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    train.lock(run)
+    assert finish(start(log, *TINY, "--data", dataset, "--run-dir", run)) == [1]
+    assert f"error: {run}: another process is training here" in log.read_text().splitlines()[-1]
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def _die_with_a_worker(run):
+    train.lock(run)
+    if os.fork() == 0:
+        time.sleep(5)  # as long as a loader worker takes to see that training is gone
+    os._exit(0)
+
+
+def test_a_worker_that_outlives_its_training_does_not_keep_the_folder(tmp_path):
+    killed = FORKS.Process(target=_die_with_a_worker, args=(tmp_path,))
+    killed.start()
+    assert finish([killed]) == [0]
+    train.lock(tmp_path)
+
+
+# --- resume and init-from -----------------------------------------------------------------------
+
+def resume(checkpoint, run, *options):
+    """Go on from a checkpoint, as if it were the run's newest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_checkpoint", lambda path: checkpoint)
+        main("--resume", "--run-dir", run, *options)
+
+
+def test_a_run_keeps_the_best_weights_and_what_it_told(uninterrupted, finished):
+    entries = metrics_of(uninterrupted)
+    assert [e["step"] for e in entries if "AP" in e] == [4, 8, 12]
+    assert [e["step"] for e in entries if "cls" in e] == [2, 4, 6, 8, 10, 12]
+    best = max((e for e in entries if "AP" in e), key=lambda e: (e["AP"], e["step"]))
+    assert load_checkpoint(uninterrupted / "best.pt")["step"] == best["step"]
+    assert [path.name for path in checkpoints_of(uninterrupted)] == ["checkpoint-0000012.pt",
+                                                                     "checkpoint-0000009.pt"]
+    assert finished["categories"] == {"ids": [1, 2, 3], "names": list(SHAPES)}
+    assert (uninterrupted / "detections.png").exists()
+
+
+def test_a_finished_run_says_so_and_another_never_overwrites_it(
+        dataset, uninterrupted, finished, capsys):
+    before = metrics_of(uninterrupted)
+    main("--resume", "--run-dir", uninterrupted)
+    assert "finished, nothing left to train; --init-from" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a run; go on with it .make resume RUN="):
+        main(*TINY, "--data", dataset, "--run-dir", uninterrupted)
+    assert metrics_of(uninterrupted) == before
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--lr", "0.1"], "keeps the configuration of .*; leave out --lr, or .*--init-from"),
+    (["fcos_R_50_FPN_1x"], "leave out fcos_R_50_FPN_1x"),
+    (["demo", "--short-side", "64"], "leave out --short-side, demo")])
+def test_resume_refuses_another_configuration(uninterrupted, options, words):
+    with pytest.raises(UserError, match=words):
+        main(*options, "--resume", "--run-dir", uninterrupted)
+
+
+def test_resume_takes_what_may_change(uninterrupted, finished, tmp_path, capsys):
+    resume(finished, link_copy(uninterrupted, tmp_path / "run"), "--microbatch", 2, "--log-every",
+           3, "--skip-eval")
+    assert "4 microbatches x 2 images" in capsys.readouterr().out
+
+
+def other_boxes(content):
+    content["annotations"][0]["bbox"][2] += 1
+
+
+def renamed(content):
+    content["categories"][1]["name"] = "oval"
+
+
+def added(content):
+    content["categories"].append({"id": 4, "name": "star"})
+
+
+@pytest.mark.parametrize("change, words", [
+    (other_boxes, "not the data that .* was trained on so far; .*--init-from"),
+    (renamed, "categories are not those of .*; only here: 2 'oval'; only there: 2 'ellipse'"),
+    (added, "categories are not those of .*; only here: 4 'star'; only there: none")])
+def test_resume_refuses_changed_data_and_categories(
+        dataset, uninterrupted, tmp_path, change, words):
+    root = link_copy(dataset, tmp_path / "data")
+    for split in ("train", "val"):
+        edit(root / "annotations" / f"instances_{split}.json", change)
+    with pytest.raises(UserError, match=words):
+        main("--resume", "--run-dir", uninterrupted, "--data", root)
+
+
+def names_exchanged(checkpoint):
+    names = checkpoint["optimizer"]["param_groups"][0]["param_names"]
+    names[0], names[-1] = names[-1], names[0]
+
+
+def other_shapes(checkpoint):
+    state = checkpoint["optimizer"]["state"][0]
+    state["momentum_buffer"] = state["momentum_buffer"][..., :1].clone()
+
+
+@pytest.mark.parametrize("change, words", [
+    (names_exchanged, "its optimizer state is not of these parameters; .*--init-from"),
+    (other_shapes, "its optimizer state is not of these parameters; .*--init-from"),
+    (lambda c: c.pop("optimizer"), "its optimizer state is not of these parameters"),
+    (lambda c: c.update(optimizer=None), "its optimizer state is not of these parameters"),
+    (lambda c: c["optimizer"].update(param_groups=[]), "its optimizer state is not of these param"),
+    (lambda c: c["model"].pop("scales"), "its weights are not this model's; .*scales"),
+    (lambda c: c.pop("data_hash"), "not the data that .* was trained on so far"),
+    (lambda c: c["config"].update(momentum=0.5), "fields this code does not know .momentum.; use"),
+    (lambda c: c["config"].update(lr="x"), "--lr 'x': must be of the type of 0.01")])
+def test_a_checkpoint_that_cannot_be_gone_on_from_says_why(uninterrupted, finished, change, words):
+    checkpoint = copy.deepcopy(finished)
+    change(checkpoint)
+    with pytest.raises(UserError, match=words) as raised:
+        resume(checkpoint, uninterrupted)
+    assert "\n" not in str(raised.value)
+
+
+def test_optimizer_state_follows_the_names_of_parameters(uninterrupted, tmp_path):
+    run = link_copy(uninterrupted, tmp_path / "run")
+    checkpoints_of(run)[0].unlink()
+    checkpoint = load_checkpoint(run)  # of step 9, as if parameters had been made in reverse order
+    saved = checkpoint["optimizer"]
+    for group in saved["param_groups"]:
+        states = [saved["state"].get(i) for i in group["params"]]
+        group["param_names"].reverse()
+        saved["state"].update(zip(group["params"], reversed(states)))
+    resume(checkpoint, run)
+    assert_equal_runs(run, uninterrupted)
+
+
+def test_a_field_that_an_older_checkpoint_lacks_takes_its_default_with_a_notice(
+        uninterrupted, finished, capsys):
+    checkpoint = copy.deepcopy(finished)
+    del checkpoint["config"]["weight_decay"]
+    resume(checkpoint, uninterrupted)
+    assert "take their defaults: weight_decay = 0.0001\n" in capsys.readouterr().out
+
+
+def test_init_from_takes_the_weights_and_the_outputs_of_classes_of_equal_names(
+        uninterrupted, finished, capsys):
+    config = ModelConfig(**{**finished["config"]["model"], "num_classes": 4})
+    model, theirs = FCOS(config), finished["model"]
     before = model.head.cls_logits.weight.clone()
-    train.init_from(model, uninterrupted, {"names": list("abcde")})
-    told = capsys.readouterr().out
-    assert "fresh: head.cls_logits.bias, head.cls_logits.weight" in told
-    assert torch.equal(model.head.cls_logits.weight, before)
-    assert torch.equal(model.backbone.resnet.conv1.weight, weights_of(uninterrupted)["backbone.resnet.conv1.weight"])
+    train.init_from(model, uninterrupted, ["triangle", "cat", "rectangle", "dog"])
+    ours = model.state_dict()
+    for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        assert torch.equal(ours[key][[0, 2]], theirs[key][[2, 0]])
+    assert torch.equal(ours["head.cls_logits.weight"][[1, 3]], before[[1, 3]])
+    assert torch.equal(ours["fpn.inner_blocks.0.0.weight"], theirs["fpn.inner_blocks.0.0.weight"])
+    assert "the outputs of 2 of 4 classes by name" in capsys.readouterr().out
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+def test_init_from_starts_another_run_of_the_same_architecture(dataset, uninterrupted, tmp_path):
+    main("demo", "--init-from", uninterrupted, "--data", dataset, "--run-dir", tmp_path, "--steps",
+         1, "--epochs", 0, "--frozen-stages", 5, "--skip-eval", "--num-workers", 0)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint["step"] == 1 and checkpoint["config"]["model"]["channels"] == 8
+
+
+# --- configuration ------------------------------------------------------------------------------
 
 def differences(name, other):
     """The fields in which one preset differs from another."""
     found = {}
-    for owner in (lambda c: c, lambda c: c.model):
-        a, b = owner(train.PRESETS[name]), owner(train.PRESETS[other])
-        found |= {f.name: getattr(b, f.name) for f in dataclasses.fields(a)
+    for a, b in ((PRESETS[name], PRESETS[other]), (PRESETS[name].model, PRESETS[other].model)):
+        found |= {f.name: getattr(b, f.name) for f in fields(a)
                   if f.name != "model" and getattr(a, f.name) != getattr(b, f.name)}
     return found
 
 
 def test_presets_differ_by_what_their_names_say():
-    base = "fcos_R_50_FPN_1x"
+    base, r101 = "fcos_R_50_FPN_1x", "fcos_R_101_FPN_2x"
     two_x = {"backbone": "resnet101", "steps": 180_000, "train_short_sides": (640, 800)}
     improved = {"centerness_on_box_tower": True, "box_unit": "stride", "sqrt_score": True}
+    giou = {"center_radius": 1.5, "box_loss": "giou"}
     assert differences(base, base + "_center") == {"center_radius": 1.5}
     assert differences(base + "_center", base + "_center_liou") == {"box_loss": "linear_iou"}
-    assert differences(base + "_center", base + "_center_giou") == {"box_loss": "giou"}
-    assert differences(base, "fcos_R_101_FPN_2x") == two_x
-    assert differences("fcos_R_101_FPN_2x", "fcos_R_101_FPN_2x_center_giou") == {"center_radius": 1.5, "box_loss": "giou"}
-    assert differences(base + "_center_giou", "fcos_imprv_R_50_FPN_1x") == improved
+    assert differences(base, base + "_center_giou") == giou
+    assert differences(base, r101) == two_x
+    assert differences(r101, r101 + "_center_giou") == giou
+    assert differences(base, "fcos_imprv_R_50_FPN_1x") == giou | improved
     assert differences("fcos_imprv_R_50_FPN_1x", "fcos_imprv_R_101_FPN_2x") == two_x
 
 
-def test_learning_rate_is_the_schedule_of_the_paper():
-    one_x, two_x = train.PRESETS["fcos_R_50_FPN_1x"], train.PRESETS["fcos_R_101_FPN_2x"]
-    for step, lr in ((0, 0.01 / 3), (499, 0.01 / 3), (500, 0.01), (59_999, 0.01), (60_000, 1e-3), (79_999, 1e-3), (80_000, 1e-4)):
-        assert train.lr_at(step, one_x) == pytest.approx(lr)
-    for step, lr in ((119_999, 0.01), (120_000, 1e-3), (159_999, 1e-3), (160_000, 1e-4), (179_999, 1e-4)):
-        assert train.lr_at(step, two_x) == pytest.approx(lr)
+@pytest.mark.parametrize("preset, rates", [
+    ("fcos_R_50_FPN_1x", {0: 0.01 / 3, 499: 0.01 / 3, 500: 0.01, 59_999: 0.01, 60_000: 1e-3,
+                          79_999: 1e-3, 80_000: 1e-4, 89_999: 1e-4}),
+    ("fcos_R_101_FPN_2x", {500: 0.01, 119_999: 0.01, 120_000: 1e-3, 159_999: 1e-3, 160_000: 1e-4})])
+def test_the_learning_rate_is_the_papers(preset, rates):
+    for step, lr in rates.items():
+        assert train.lr_at(step, PRESETS[preset]) == pytest.approx(lr)
 
 
-def test_every_field_of_both_configurations_is_an_option_with_help():
-    for owner in (train.TrainConfig, ModelConfig):
-        for f in dataclasses.fields(owner):
-            assert f.name in ("model", "num_classes") or f.metadata["help"]
-    args = train.parse_arguments(["fcos_R_50_FPN_1x", "--batch-size", "8", "--lr", "0.005", "--center-radius", "0", "--nms-iou", "0.5",
-                                  "--train-short-sides", "640", "800", "--no-enlarge"])
-    expected = replace(train.PRESETS["fcos_R_50_FPN_1x"], batch_size=8, lr=0.005, train_short_sides=(640, 800),
-                       model=ModelConfig(nms_iou=0.5, enlarge=False))
-    assert args.config == expected
+def test_warm_up_takes_a_tenth_of_a_short_run_at_most():
+    config = replace(PRESETS["fcos_R_50_FPN_1x"], steps=90)
+    assert [train.lr_at(step, config) for step in (8, 9)] == [0.01 / 3, 0.01]
 
 
-NONSENSE = {int: ("-1", "99999999999999999999"), float: ("-1", "nan", "inf")}
-NONSENSE_TOO = ["--batch-size 0", "--steps 0", "--lr 0", "--train-short-sides 0 64", "--train-short-sides 800 640", "--flip 2",
-                "--log-every 0", "--checkpoint-every 0", "--frozen-stages 6", "--channels 20", "--channels 0",
-                "--location-offset 7", "--pixel-std 0 1 1", "--pixel-mean nan 1 1", "--short-side 0", "--long-side 0",
-                "--score-threshold 2", "--candidates-per-level 0", "--nms-iou 2", "--max-detections 0"]
+def test_the_cosine_schedule_falls_from_the_rate_to_nothing():
+    config = replace(PRESETS["demo"], steps=1000, warmup_steps=0)
+    assert [train.lr_at(step, config) / config.lr for step in (0, 500, 1000)] == pytest.approx(
+        [1, 0.5, 0])
 
 
-def test_a_number_that_cannot_be_meant_is_refused_with_what_it_must_be():
-    given = [option.split() for option in NONSENSE_TOO]
-    for owner in (train.TrainConfig, ModelConfig):
-        for f in dataclasses.fields(owner):
-            given += [[f"--{f.name.replace('_', '-')}={value}"] for value in NONSENSE.get(f.type, ()) if f.name != "num_classes"]
-    assert len(given) > 70
-    for options in given:
-        with pytest.raises(train.ConfigError, match=rf"^{options[0].split('=')[0]} .*: must be (>|in|a multiple)[^()]* \(.+\)$"):
-            train.parse_arguments(["demo", *options])
+def test_biases_learn_twice_as_fast_and_do_not_decay():
+    config = PRESETS["demo"]
+    model = FCOS(replace(config.model, channels=8))
+    weights, biases = train.build_optimizer(model, config).param_groups
+    assert (biases["lr_factor"], biases["weight_decay"]) == (2, 0)
+    assert (weights["lr_factor"], weights["weight_decay"]) == (1, 0.05)
+    assert all(name.endswith("bias") for name in biases["param_names"])
+    assert not any(name.endswith("bias") for name in weights["param_names"])
 
 
-@pytest.mark.parametrize("field, value, must", [
-    ("lr", "0.1", "of type float"), ("batch_size", 8.0, "of type int"), ("batch_size", True, "of type int"), ("data", None, "of type str"),
-    ("train_short_sides", (64,), "of type tuple"), ("train_short_sides", [64, 64], "of type tuple"), ("model", {}, "of type ModelConfig"),
-    ("val_split", None, "of type str"), ("box_loss", "nonsense", f"one of {', '.join(train.BOX_LOSSES)}")])
-def test_a_value_of_another_type_is_refused_wherever_it_comes_from(field, value, must):
-    with pytest.raises(train.ConfigError, match=f"^--{field.replace('_', '-')} .*: must be {must}"):
-        replace(train.PRESETS["demo"], **{field: value})
+def test_every_field_is_an_option_and_its_comment_the_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["fcos_R_50_FPN_1x", "--help"])
+    text = capsys.readouterr().out
+    for f in (*fields(train.TrainConfig), *fields(ModelConfig)):
+        if f.name not in ("model", "num_classes"):
+            option = f.name.replace("_", "-")
+            help_text = rf"^  --{option}\b.*?\n? {{2,}}(?!\(default)\w.+"
+            assert re.search(help_text, text, re.M), option
+    assert re.search(r"--canvas-sides N +how many .* may occur; fewer: fewer recompilations, more "
+                     r"padding; 0: any \(default: 4\)", text)
+    assert "sgd has momentum 0.9 (default: sgd)" in text and "after 2/3 and 8/9" in text
 
 
-def test_an_unknown_preset_is_answered_with_the_nearest():
-    with pytest.raises(train.ConfigError, match="did you mean fcos_R_50_FPN_1x_center_giou"):
-        train.parse_arguments(["fcos_R_50_FPN_1x_center_gio"])
+def test_options_change_the_preset():
+    args = train.parse_arguments("fcos_R_50_FPN_1x --batch-size 8 --lr 0.005 --nms-iou 0.5 "
+                                 "--train-short-sides 640 800 --no-enlarge".split())
+    assert args.config == train.TrainConfig(batch_size=8, lr=0.005, train_short_sides=(640, 800),
+                                            model=ModelConfig(nms_iou=0.5, enlarge=False))
 
 
-def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path, monkeypatch):
-    (tmp_path / "run").write_text("kept")
-    with pytest.raises(data.DataError, match=r"run: no folder that can be written to .*; name another with RUN=... \(--run-dir\)"):
-        main(monkeypatch, "--run-dir", tmp_path / "run")
-    assert (tmp_path / "run").read_text() == "kept"
+def test_an_epoch_may_be_a_fraction():
+    assert train.parse_arguments(["demo", "--epochs", "0.5"]).config.epochs == 0.5
+
+
+NONSENSE = [f"--{f.name.replace('_', '-')}={value}"
+            for owner in (train.TrainConfig, ModelConfig) for f in fields(owner)
+            for value in {int: ("-1", 10**20), float: ("-1", "nan", "inf")}.get(f.type, ())
+            if f.name != "num_classes"]
+
+
+@pytest.mark.parametrize("option", [
+    *NONSENSE, "--batch-size 0", "--steps 0", "--lr 0", "--train-short-sides 0 64", "--flip 2",
+    "--train-short-sides 800 640", "--log-every 0", "--checkpoint-every 0", "--frozen-stages 6",
+    "--channels 20", "--channels 0", "--location-offset 7", "--pixel-std 0 1 1", "--nms-iou 2",
+    "--pixel-mean nan 1 1", "--short-side 0", "--long-side 0", "--score-threshold 2",
+    "--candidates-per-level 0", "--max-detections 0"])
+def test_a_value_that_cannot_be_meant_is_refused_in_a_sentence(option):
+    name = re.match("--[a-z0-9-]+", option)[0]
+    with pytest.raises(UserError, match=f"^{name} .*: (must be (at least|a mult)|smaller one)"):
+        train.parse_arguments(["fcos_R_50_FPN_1x", *option.split()])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("lr", "0.1"), ("batch_size", 8.0), ("batch_size", True), ("data", None), ("model", {}),
+    ("train_short_sides", (64,)), ("train_short_sides", [64, 64]), ("box_loss", "nonsense")])
+def test_a_value_of_another_type_is_refused(field, value):
+    with pytest.raises(UserError, match=f"^--{field.replace('_', '-')} .*: must be (of|one of) "):
+        replace(PRESETS["demo"], **{field: value})
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (["fcos_R_50_FPN_1x"], "no data set; name a COCO-format folder with DATA="),
-    (["demo", "--data", "nowhere"], "nowhere/annotations: no such folder"),
-    (["demo", "--resume"], "run: no such file or folder"),
-    (["demo", "--init-from", "nothing.pt"], "nothing.pt: no such file or folder"),
-    (["demo", "--backbone-weights", "nothing.pth"], "nothing.pth"),
+    (["fcos_R_50_FPN_1x"], "no data; name a COCO-format folder with DATA="),
+    (["fcos_R_50_FPN_1x_center_gio"], "invalid choice: 'fcos_R_50_FPN_1x_center_gio'"),
+    (["demo", "--data", "nowhere"], "nowhere: no annotations/instances_<split>.json"),
+    (["--resume"], "run: no such run; name one with RUN="),
+    (["demo", "--init-from", "nothing.pt", "--data", "."], "nothing.pt: no such file"),
     (["demo", "--box-loss", "nonsense"], "invalid choice: 'nonsense'"),
-    (["demo", "--resume", "--init-from", "runs/other"], "argument --init-from: not allowed with argument --resume"),
-    (["demo", "--batch-size", "many"], "invalid int value: 'many'"),
-    (["demo", "--center-radius", "many"], "invalid float value: 'many'"),
-    (["demo", "--train-short-sides", "800", "640"], "--train-short-sides (800, 640): must be >= 1, lower first"),
-])
-def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path, monkeypatch, capsys):
-    with pytest.raises((data.DataError, train.ConfigError, SystemExit)) as raised:
-        main(monkeypatch, *options, "--run-dir", tmp_path / "run")
+    (["--resume", "--init-from", "run"], "argument --init-from: not allowed with argument --res"),
+    (["demo", "--batch-size", "many"], "invalid int value: 'many'")])
+def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path, capsys):
+    with pytest.raises((UserError, SystemExit)) as raised:
+        main(*options, "--run-dir", tmp_path / "run")
     assert sentence in f"{raised.value} {capsys.readouterr().err}"
 
 
-def test_an_error_is_one_line_and_an_exit_code(tmp_path):
-    code, output = finish(start("demo", "--data", "nowhere", "--run-dir", tmp_path / "run"))
-    assert code == 1 and re.fullmatch("error: .*nowhere/annotations: no such folder; .*\n", output)
+def test_an_empty_run_folder_is_refused():
+    with pytest.raises(UserError, match="--run-dir is empty"):
+        main("demo", "--run-dir", "")
+
+
+def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path):
+    (tmp_path / "run").write_text("kept")
+    with pytest.raises(UserError, match=r"run: cannot be a folder .*RUN=... \(--run-dir\)"):
+        train.lock(tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "kept"
+
+
+def test_a_training_in_which_no_location_learns_is_refused(dataset, tmp_path):
+    with pytest.raises(UserError, match="no location learns any box.*--center-radius"):
+        main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--center-radius", "0.01")
+
+
+def test_boxes_without_a_location_are_counted(dataset, tmp_path, capsys):
+    main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--skip-eval")
+    assert re.search(r"3\d of \d\d boxes get no location", capsys.readouterr().out)
+
+
+def test_other_categories_in_the_val_split_stop_before_training(dataset, tmp_path):
+    root = link_copy(dataset, tmp_path / "data")
+    edit(root / "annotations" / "instances_val.json", renamed)
+    with pytest.raises(UserError, match="'oval'.*'ellipse'"):
+        main(*TINY, "--data", root, "--run-dir", tmp_path / "run")
+    assert not checkpoints_of(tmp_path / "run")
+    (root / "annotations" / "instances_val.json").unlink()  # without evaluation it is not needed
+    main(*TINY, "--data", root, "--run-dir", tmp_path / "run", "--steps", 1, "--skip-eval")
+    assert load_checkpoint(tmp_path / "run")["step"] == 1

@@ -1,0 +1,388 @@
+"""The tools for data: what the checker says and repairs, conversion to COCO, generated shapes."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import check_data
+import make_shapes
+import numpy as np
+import pytest
+import to_coco
+from PIL import Image
+
+import data
+import evaluate
+import train
+from data import CocoDataset, UserError, read_annotations
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+NAN = float("nan")
+
+
+def good_content():
+    """Four images, three categories with sparse unordered ids, five boxes; nothing is wrong."""
+    rows = [(7, 10, 900, [10, 20, 30, 35]), (8, 10, 3, [1.5, 2, 20, 20]),
+            (9, 30, 41, [0, 0, 64, 48]), (12, 20, 3, [5, 5, 9, 12]),
+            (11, 40, 900, [20, 10, 15, 25])]
+    return {"images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48 + i}
+                       for i in (30, 10, 20, 40)],
+            "categories": [{"id": 900, "name": "cat"}, {"id": 3, "name": "dog"},
+                           {"id": 41, "name": "eel"}],
+            "annotations": [{"id": n, "image_id": i, "category_id": c, "bbox": b, "iscrowd": 0,
+                             "area": b[2] * b[3], "segmentation": [[n, 2, 3, 4, 5, 6]]}
+                            for n, i, c, b in rows]}
+
+
+@pytest.fixture(scope="module")
+def good_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("good")
+    (root / "annotations").mkdir()
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        for entry in good_content()["images"]:
+            random = np.random.default_rng([entry["id"], len(split)])
+            shape = entry["height"], entry["width"], 3
+            Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(
+                root / split / entry["file_name"])
+        write(root, good_content(), split)
+    return root
+
+
+@pytest.fixture
+def root(good_root, tmp_path):
+    return Path(shutil.copytree(good_root, tmp_path / "data"))
+
+
+def write(root, content, split="train"):
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def check(capsys):
+    def run(root, *options):
+        with pytest.raises(SystemExit) as ended:
+            check_data.main([str(root), *options, "--out", str(root / "pictures")])
+        return ended.value.code, capsys.readouterr().out
+    return run
+
+
+def change(table, i, key, to=None, drop=False):
+    def mutate(content):
+        content[table][i].pop(key) if drop else content[table][i].update({key: to})
+        return content
+    return mutate
+
+
+def repeated(table, **changes):
+    def mutate(content):
+        content[table].append(copy.deepcopy(content[table][0]) | changes)
+        return content
+    return mutate
+
+
+def bbox(*values):
+    return change("annotations", 3, "bbox", list(values))
+
+
+def boxes(n, *values):
+    """The first n of the five boxes become this one."""
+    def mutate(content):
+        for annotation in content["annotations"][:n]:
+            annotation["bbox"] = list(values)
+        return content
+    return mutate
+
+
+ERRORS = {
+    "image id a text": (change("images", 0, "id", "30"), r"images whose id is not an integer: 1\n"
+                        r".*images\[0\] \(id '30'\): id '30'"),
+    "no file name": (change("images", 0, "file_name", drop=True), r"path inside.*: 1\n.*no file_n"),
+    "file name up": (change("images", 0, "file_name", "../a.png"), r"path inside.*: 1\n.*'\.\./a"),
+    "half a character": (change("images", 0, "file_name", "\ud800.png"), r"path inside.*\n.*ud800"),
+    "no height": (change("images", 1, "height", 0), r"height is not a number of pixels: 1\n"),
+    "image id twice": (repeated("images"), r"images that have the id of another: 1\n.*\(id 30\)"),
+    "category twice": (repeated("categories", name="x"), r"categories that have the id of another"),
+    "category unnamed": (change("categories", 0, "name", None), "name is not a text: 1"),
+    "unknown image": (change("annotations", 0, "image_id", 11), r"image_id is not among the usable "
+                      r"images: 1\n.*annotations\[0\] \(id 7\): image_id 11"),
+    "unknown category": (change("annotations", 0, "category_id", 1), "not among the usable cat"),
+    "bbox of three": (bbox(1, 2, 3), r"bbox is not four numbers.*: 1\n.*\(id 12\): bbox \[1, 2, 3"),
+    "bbox a text": (change("annotations", 3, "bbox", "1 2 3 4"), "bbox is not four numbers"),
+    "bbox too long to print": (bbox(*range(10**5)), "bbox is not four numbers"),
+    "400 digits": (bbox(1, 2, 10**400, 4), "bbox is not four numbers"),
+    "iscrowd 2": (change("annotations", 3, "iscrowd", 2), "iscrowd is not 0 or 1: 1"),
+    "80 % normalised": (boxes(4, .1, .2, .3, .4), "bbox seems to be normalised.*: 4\n"),
+    "file missing": (change("images", 0, "file_name", "none.png"),
+                     r"cannot be used: 1\n.*none.png: no such"),
+}
+NOTES = {
+    "20 % normalised": (bbox(.1, .2, .3, .4), "bbox seems to be normalised.*: 1\n"),
+    "not finite": (bbox(NAN, 5, 3, 3), "coordinate that is not finite: 1\n"),
+    "overflow": (bbox(1e308, 5, 1e308, 1), "coordinate that is not finite: 1\n"),
+    "reversed": (bbox(50, 5, -3, 3), "negative width or height: 1\n"),
+    "empty": (bbox(5, 5, 0, 3), r"without width or height: 1\n    20.png \(image 20\), annotation "
+              r"12: bbox \[5, 5, 0, 3\] in 64 x 68 pixels"),
+    "outside": (bbox(5, -30, 9, 9), "outside their image: 1\n"),
+    "beyond": (bbox(-20, 5, 60, 9), r"beyond their image: 1\n(.*\n)+?.*detector of the visible"),
+    "xyxy": (boxes(5, 30, 20, 60, 44), r"would not if bbox were \[x0, y0, x1, y1\]: 5\n"),
+    "category without boxes": (repeated("categories", id=5, name="山羊"), r"learn: 1\n.*山羊"),
+    "name twice": (repeated("categories", id=5), r"names used more than once: 1\n    cat\n"),
+    "file twice": (repeated("images", id=77), r"files listed more than once: 1\n    30.png\n"),
+    "annotation id twice": (repeated("annotations"), "annotations whose id is missing.*: 1\n"),
+    "no annotation id": (change("annotations", 3, "id", drop=True), "whose id is missing.*: 1\n"),
+    "annotation id 0": (change("annotations", 3, "id", 0), "whose id is missing.*: 1\n"),
+    "no location": (bbox(5, 5, 1.5, 12), r"no location learns: 1 of the 5 (.*\n)+?.*--enlarge"),
+}
+INFOS = {
+    "crowd": (change("annotations", 1, "iscrowd", 1), "crowd boxes: 1\n"),
+    "image without boxes": (repeated("images", id=77, file_name="train.png"), "box to learn: 1\n"),
+}
+
+
+def test_good_data_has_nothing_wrong_and_pictures_are_drawn(root, check):
+    code, text = check(root, "--images", "--strict")
+    assert code == 0 and text.endswith("Training can start; nothing is wrong.\n"), text
+    assert {p.name for p in (root / "pictures").iterdir()} == {"train.png", "val.png"}
+
+
+@pytest.mark.parametrize("name", [*ERRORS, *NOTES, *INFOS])
+def test_damage_is_named_counted_shown_and_repaired(root, check, name):
+    level = "ERROR" if name in ERRORS else "NOTE" if name in NOTES else "INFO"
+    mutate, says = (ERRORS | NOTES | INFOS)[name]
+    shutil.copy(root / "train" / "30.png", root / "train" / "train.png")
+    write(root, mutate(good_content()))
+    before = (root / "annotations" / "instances_train.json").read_bytes()
+    code, text = check(root, "--split", "train", "--fix", str(root / "fixed.json"), "--strict")
+    assert code == {"ERROR": 2, "NOTE": 1, "INFO": 0}[level]
+    found = re.search(f"{level}: .*{says}", text)
+    assert found and max(map(len, text.splitlines())) < 400, text
+    assert (root / "annotations" / "instances_train.json").read_bytes() == before
+    a = read_annotations(root / "fixed.json")
+    assert data.learnable(a).all() and (np.abs(a.boxes - data.clip(a)) < 1e-3).all()
+    content = json.loads((root / "fixed.json").read_text())
+    assert [x["id"] for x in content["annotations"]] == list(range(1, len(a.labels) + 1))
+    assert all("segmentation" in annotation for annotation in content["annotations"])
+
+
+def test_all_damage_is_listed_at_once_with_three_examples(root, check):
+    content = change("images", 0, "width", "64")(boxes(4, 5, 5, 0, 0)(good_content()))
+    write(root, bbox(1, 2, 3)(content))
+    code, text = check(root, "--split", "train")
+    assert code == 2 and "width '64'" in text and "bbox [1, 2, 3]" in text
+    assert "NOTE: boxes without width or height: 2\n" in text  # of the third, the image is refused
+    write(root, boxes(5, 5, 5, 0, 0)(good_content()))
+    _, text = check(root, "--split", "train")
+    assert text.count("bbox [5, 5, 0, 0]") == 3 and "    ...\n" in text
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"[" * 100_000, b"\xff\xfe{", b'{"images": []}',
+                                  json.dumps(good_content() | {"images": []}).encode()])
+def test_a_file_without_any_entry_to_use_is_an_error(root, check, text):
+    (root / "annotations" / "instances_val.json").write_bytes(text)
+    code, out = check(root)
+    assert code == 2 and re.search("ERROR: .*instances_val.json: ", out), out
+    (root / "annotations" / "instances_val.json").unlink()
+    code, out = check(root)
+    assert code == 2 and "no splits match 'val' among train" in out
+
+
+def test_only_a_train_split_needs_boxes(root, check):
+    write(root, good_content() | {"annotations": []}, "val")
+    code, text = check(root)
+    assert code == 0 and "NOTE: splits without a box to learn: 1" in text and "can start" in text
+    write(root, good_content() | {"annotations": []})
+    code, text = check(root)
+    assert code == 2 and "ERROR: splits without a box to learn: 1" in text
+
+
+def test_a_repaired_box_is_cut_and_the_numbers_of_others_stay(root, check):
+    write(root, bbox(50.1, 10.7, 30, 9)(change("annotations", 0, "bbox", [0.2, 0.2, 7.9, 9])(
+        good_content())))
+    check(root, "--split", "train", "--fix", str(root / "fixed.json"))
+    content = json.loads((root / "fixed.json").read_text())["annotations"]
+    assert [0.2, 0.2, 7.9, 9] in [a["bbox"] for a in content]
+    cut = next(a for a in content if a["image_id"] == 20)
+    assert cut["bbox"] == pytest.approx([50.1, 10.7, 13.9, 9])
+    assert cut["area"] == pytest.approx(108) and cut["segmentation"] == [[12, 2, 3, 4, 5, 6]]
+
+
+def test_fix_leaves_out_images_that_are_missing_or_cannot_be_decoded(root, check):
+    (root / "train" / "30.png").unlink()
+    (root / "train" / "10.png").write_bytes((root / "train" / "10.png").read_bytes()[:90])
+    code, text = check(root, "--split", "train", "--images", "--fix", str(root / "fixed.json"))
+    assert code == 2 and "images that cannot be used: 2" in text and "2 of 4 images" in text
+    assert sorted(read_annotations(root / "fixed.json").image_ids) == [20, 40]
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--fix", "x.json"], "name it with --split"),
+    (["--split", "train", "--fix", __file__], "exists and is not overwritten"),
+    (["--split", "train", "--fix", "/nowhere/x.json"], "/nowhere/x.json: cannot be written"),
+    (["--out", __file__], "name another with --out")])
+def test_what_the_command_cannot_do_is_its_own_error(root, options, says):
+    before = Path(__file__).read_bytes()
+    with pytest.raises(UserError, match=says):
+        check_data.main([str(root), "--out", str(root / "pictures"), *options])
+    assert Path(__file__).read_bytes() == before
+
+
+def test_train_and_val_are_compared(root, check):
+    write(root, change("categories", 1, "name", "wolf")(good_content()), "val")
+    shutil.copy(root / "train" / "20.png", root / "val" / "20.png")
+    code, text = check(root, "--images")
+    assert code == 2 and "categories of only one of train and val: 2\n    3 dog is only in" in text
+    assert re.search(r"val that are in train, too: 1\n    .*train/20.png = .*val/20.png", text)
+
+
+def test_images_that_come_out_rotated_or_dark_are_noted(root, check):
+    exif = Image.Exif()
+    exif[check_data.EXIF_ORIENTATION] = 3
+    Image.open(root / "train" / "10.png").save(root / "train" / "10.png", exif=exif)
+    for i, brightest in ((20, 2**12), (40, 2**12 - 1)):
+        pixels = np.full((48 + i, 64), brightest, np.uint16)
+        Image.fromarray(pixels).save(root / "train" / f"{i}.png")
+    code, text = check(root, "--images")
+    assert code == 0 and re.search("EXIF note that rotates .*: 1\n.*/10.png\n", text), text
+    assert re.search(r"values fit in 12: 1\n.*/40.png\n", text)
+
+
+def test_locations_are_counted_by_the_rule_of_training_at_the_sizes_of_the_preset(root, check):
+    write(root, bbox(5, 5, 1.5, 12)(good_content()))
+    dataset = data.open_split(root, "train")
+    for options, words in ((["demo"], "224 to 288"), (["demo", "--center-radius", "0.01"], "0.01"),
+                           (["fcos_R_50_FPN_1x", "--train-short-sides", "64", "64"], "of 64,")):
+        config = train.parse_arguments(options).config
+        without, total = train.count_without_location(dataset, config)
+        code, text = check(root, *options)
+        assert f"no location learns: {without} of the {total} " in text and words in text
+        assert code == (2 if without == total else 0)
+    assert "no location learns" not in check(root, "fcos_R_50_FPN_1x")[1]  # enlarged to 800
+
+
+def test_percentages_are_of_all_rows(root, check):
+    content = good_content()
+    content["categories"] = [{"id": i, "name": f"c{i}"} for i in range(20)]
+    content["annotations"] = [content["annotations"][0] | {"id": i + 1, "category_id": i}
+                              for i in range(20)]
+    write(root, content)
+    _, shown = check(root, "--split", "train")
+    assert len(re.findall(r"    c\d+ +1    5% ##", shown)) == 16  # not 6 % of the 16 shown
+
+
+# --- conversion ---------------------------------------------------------------------------------
+
+def converted(src, out=None):
+    to_coco.main([str(src), *(["--out", str(out)] if out else [])])
+    return [data.open_split(out or src, kind) for kind in ("train", "val")]
+
+
+def image(path, width=100, height=50):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), "red").save(path)
+    return path
+
+
+def text(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+@pytest.mark.parametrize("layout, beside, names", [
+    ("images/{}|labels/{}", True, "names: ['car', \"street lamp\"]"),
+    ("images/{}|labels/{}", False, "names: [car,\n  street lamp]\nval: x"),
+    ("{}/images|{}/labels", True, "names:\n- car  # a\n- street lamp\nnc: 2"),
+    ("{}/images|{}/labels", False, "names:\n  0: car\n  1: street lamp\nnc: 2"),
+    ("{}/images|{}/labels", True, "names: {0: car, 1: street lamp}")])
+def test_yolo_folders_become_coco(tmp_path, layout, beside, names):
+    text(tmp_path / "yolo" / "data.yaml", names)
+    for split in ("train", "val"):
+        images, labels = (tmp_path / "yolo" / part.format(split) for part in layout.split("|"))
+        image(images / "a.png")
+        image(images / "empty.png")
+        text(labels / "a.txt", "1 0.5 0.4 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.3 0.6 0.1 0.6\n")
+    for dataset in converted(tmp_path / "yolo", None if beside else tmp_path / "out"):
+        a = dataset.annotations
+        assert a.category_names == ["car", "street lamp"] and dataset.with_boxes().tolist() == [0]
+        assert a.labels.tolist() == [1, 0]
+        assert a.boxes.round(3).tolist() == [[40, 10, 60, 30], [10, 10, 30, 30]]
+        assert dataset.image(0).shape == (3, 50, 100)
+
+
+def test_a_flat_yolo_folder_is_one_split_with_numbers_for_names(tmp_path):
+    image(tmp_path / "images" / "a.png")
+    text(tmp_path / "labels" / "a.txt", "10 0.5 0.4 0.2 0.4\n9 0.5 0.4 0.2 0.4\n")
+    to_coco.main([str(tmp_path)])
+    assert data.open_split(tmp_path, "train").annotations.category_names == ["9", "10"]
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        to_coco.main([str(tmp_path)])
+
+
+OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>11</xmin><ymin>1</ymin>"
+          "<xmax>20</xmax><ymax>50</ymax></bndbox></object>")
+
+
+def test_voc_pixels_count_from_one_and_difficult_objects_are_crowds(tmp_path):
+    for n, split in enumerate(("train", "val")):
+        text(tmp_path / "ImageSets" / "Main" / f"{split}.txt", f"{n}\n")
+        image(tmp_path / "JPEGImages" / f"{n}.jpg")
+        text(tmp_path / "Annotations" / f"{n}.xml", f"<annotation><filename>{n}.jpg</filename>"
+             f"{OBJECT.format('dog', 1)}{OBJECT.format('cat', 0)}</annotation>")
+    for dataset in converted(tmp_path):
+        a = dataset.annotations
+        assert a.boxes.tolist() == 2 * [[10, 0, 20, 50]] and a.crowd.tolist() == [True, False]
+        assert a.category_names == ["cat", "dog"] and a.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("line", ["2 .5 .5 .1 .1", "0 .5 .5 .1", "0 50 20 10 10", "car .1 .1 .1 .1",
+                                  "0 nan .5 .1 .1", "0 .5 .5 .1 .1 .9"])
+def test_a_wrong_line_of_yolo_is_a_sentence_that_names_it(tmp_path, line):
+    text(tmp_path / "classes.txt", "a\nb\n")
+    image(tmp_path / "images" / "a.png")
+    text(tmp_path / "labels" / "a.txt", line)
+    with pytest.raises(UserError, match=re.escape(line)):
+        to_coco.main([str(tmp_path)])
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data beside the repository")
+def test_real_data_goes_to_yolo_and_back(tmp_path):
+    dataset = data.open_split(REAL / "bccd", "val")
+    a, height, width = dataset.annotations, 480, 640
+    for i, name in enumerate(a.file_names.tolist()):
+        link = tmp_path / "images" / "val" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(dataset.image_path(i))
+        xywh = evaluate.to_xywh(a.boxes[a.image == i])
+        xywh[:, :2] += xywh[:, 2:] / 2
+        text(tmp_path / "labels" / "val" / f"{link.stem}.txt", "\n".join(
+            f"{label} {' '.join(map(str, row))}" for label, row in zip(
+                a.labels[a.image == i], xywh / [width, height, width, height])))
+    to_coco.main([str(tmp_path)])
+    back = data.open_split(tmp_path, "val").annotations
+    assert np.abs(back.boxes - a.boxes).max() < 2e-3 and np.array_equal(back.labels, a.labels)
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+def test_shapes_are_the_same_every_time_and_good_data(tmp_path, check):
+    for name in ("a", "b"):
+        make_shapes.make_shapes(tmp_path / name, num_train=6, num_val=3, size=64)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 11 and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    code, text = check(tmp_path / "a", "--images")
+    assert code == 0 and "NOTE" not in text.replace("NOTE: boxes that no location", "")
+
+
+def test_shapes_are_made_once_and_nothing_else_is_overwritten(tmp_path, monkeypatch):
+    make_shapes.make_shapes(tmp_path / "a", num_train=1, num_val=1, size=64)
+    text(tmp_path / "b" / "photo.jpg", "mine")
+    with pytest.raises(UserError, match="exists, but is no complete data set"):
+        make_shapes.make_shapes(tmp_path / "b", num_train=1, num_val=1, size=64)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    monkeypatch.setattr(make_shapes, "_draw_shapes", None)
+    make_shapes.make_shapes(tmp_path / "a")  # it is there: nothing is drawn

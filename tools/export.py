@@ -1,0 +1,115 @@
+"""export.py: a trained detector as one file that runs without this code.
+
+    python tools/export.py runs/demo --out detector.pt2         torch.export
+    python tools/export.py runs/demo --out detector.onnx        needs: pip install onnx onnxscript
+
+in:   images (N, 3, H, W) uint8 RGB, resized as in training and padded with zeros, at the right and
+      the bottom, to multiples of 32; image_sizes (N, 2) int64, height and width without the padding
+out:  boxes (N, D, 4) xyxy pixels of the canvas, scores (N, D) best first, labels (N, D), and
+      count (N,): entries past the count are padding
+
+N, H and W are free. Keep it so: GroupNorm averages over the padding, so one large canvas for all
+images would cost AP. To load a .pt2, where `import torchvision` brings the NMS operator:
+
+    import json, torch, torchvision
+    extra_files = {"categories.json": ""}
+    program = torch.export.load("detector.pt2", extra_files=extra_files)
+    detector = program.module(check_guards=False)      # the guards refuse sides of 128 or less
+    names = json.loads(extra_files["categories.json"])["names"]
+    boxes, scores, labels, count = detector(images, image_sizes)
+
+It runs on the CPU in float32; torch.export.passes.move_to_device_pass moves it to a GPU.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.export import Dim
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from assign import make_locations  # noqa: E402
+from data import UserError  # noqa: E402
+from evaluate import run_program  # noqa: E402
+from model import (FCOS, atomic_write, build_model, candidates, fold_frozen_norms,  # noqa: E402
+                   load_checkpoint, nms_mask, suppress)
+
+
+class ExportedDetector(nn.Module):
+    """From pixels to detections, in operators of PyTorch and torchvision."""
+
+    def __init__(self, model: FCOS, nms):
+        super().__init__()
+        fold_frozen_norms(model)
+        self.model, self.nms = model.eval().requires_grad_(False), nms
+
+    def forward(self, images, image_sizes):
+        config = self.model.config
+        # Past the cache: while it is traced, the height and the width are symbols.
+        locations = make_locations.__wrapped__(*images.shape[2:], offset=config.location_offset)
+        outputs = self.model(images, image_sizes)
+        return suppress(*candidates(outputs, locations, image_sizes, config), config, self.nms)
+
+
+def nms_mask_onnx(boxes, scores, groups, iou):
+    """`model.nms_mask` for ONNX, whose NMS is float32 only.
+
+    Groups lie apart on a grid of 32 columns instead of in a line, where float32 would round the
+    boxes of the 1,000th class of an image by 0.06 pixels; on the grid it is 0.002.
+    """
+    index = (groups >= 0).nonzero().squeeze(1)
+    boxes, group = boxes[index], groups[index]
+    apart = nn.functional.pad(boxes, (0, 0, 0, 1)).max() + 1  # there may be no box
+    boxes = boxes + torch.stack([group % 32, group // 32], dim=1).repeat(1, 2) * apart
+    kept = index[torchvision.ops.nms(boxes, scores[index], iou)]
+    return torch.zeros_like(groups, dtype=torch.bool).index_fill(0, kept, True)
+
+
+def export(model: FCOS, nms=nms_mask) -> torch.export.ExportedProgram:
+    """Trace the detector for any batch size, height and width."""
+    N, H, W = 2, 256, 320  # an example: every dimension of 1 would be taken for a constant
+    example = torch.zeros(N, 3, H, W, dtype=torch.uint8), torch.tensor([[H, W]] * N)
+    batch = Dim("batch", min=1)
+    shapes = {0: batch, 2: 32 * Dim("rows", min=1), 3: 32 * Dim("columns", min=1)}, {0: batch}
+    return torch.export.export(ExportedDetector(model, nms), example, dynamic_shapes=shapes)
+
+
+def save(program: torch.export.ExportedProgram, path, categories: dict):
+    """Write a .pt2 or .onnx file."""
+    if Path(path).suffix == ".pt2":
+        extra_files = {"categories.json": json.dumps(categories)}
+        atomic_write(path, lambda file: torch.export.save(program, file, extra_files=extra_files))
+        return
+    try:
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False,
+                                 input_names=("images", "image_sizes"),
+                                 output_names=("boxes", "scores", "labels", "count"))
+    except ImportError as error:
+        raise UserError(f"{path}: an ONNX file needs packages that are not installed ({error}); "
+                        "pip install onnx onnxscript, or export to .pt2") from None
+    onnx.model_proto.metadata_props.add(key="categories", value=json.dumps(categories))
+    atomic_write(path, lambda file: file.write(onnx.model_proto.SerializeToString()))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("--out", metavar="FILE", required=True, help=".pt2 or .onnx file to write")
+    args = parser.parse_args(argv)
+    if Path(args.out).suffix not in (".pt2", ".onnx"):
+        parser.error("--out must end in .pt2 or .onnx")
+    checkpoint = load_checkpoint(args.run)
+    categories = checkpoint["categories"]
+    nms = nms_mask if Path(args.out).suffix == ".pt2" else nms_mask_onnx
+    save(export(build_model(checkpoint, args.run), nms), args.out, categories)
+    print(f"{args.out}: {', '.join(categories['names'])}")
+
+
+if __name__ == "__main__":
+    run_program(main)
