@@ -88,7 +88,7 @@ class TrainConfig:
     # may change on resume
     microbatch: int = 0                      # images at once on a device; lower it when out of
     #                                          memory, results stay the same; 0: all
-    num_workers: int = 2                     # data loading processes of each process; 0: none
+    num_workers: int = min(4, os.cpu_count() or 1)  # data loading processes of each process
     log_every: int = 20                      # steps between two progress lines
     eval_every: int = 0                      # steps between two evaluations; 0: a fifth of the run
     checkpoint_every: int = 1000             # steps between two checkpoints
@@ -432,7 +432,7 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         restore(checkpoint, folder, model, optimizer, dataset)
 
     network = model
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+    if compiles(config, device):
         torch._dynamo.config.recompile_limit = 64
         # Once for every canvas; the option keeps channels_last through every GroupNorm.
         network = torch.compile(network, dynamic=False, options={"force_layout_optimization": True})
@@ -454,11 +454,12 @@ def loop(run: Run, progress: Progress, stop_signals: list):
     steps, eval_every = range(progress.step, config.steps), evaluation_interval(config)
     requests = data.microbatches(run.sampler, steps, run.microbatches, rank, world)
     batches = data.batches(run.dataset, requests, config.num_workers, run.device.type == "cuda")
+    stream = torch.cuda.Stream() if run.device.type == "cuda" else None  # of copies to the device
     if progress.step and (progress.step % eval_every == 0 or progress.step == config.steps):
         evaluate_step(run, progress)  # unless it was done before the interruption
     for step in steps:
         waiting = time.monotonic()
-        microbatches = [next(batches).to(run.device) for _ in range(run.microbatches)]
+        microbatches = [next(batches).to(run.device, stream) for _ in range(run.microbatches)]
         progress.waited += time.monotonic() - waiting
         torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for a dropout, if you add one
         try:
@@ -572,6 +573,10 @@ def count_microbatches(config: TrainConfig, world: int) -> int:
     return next(n for n in range(1, images + 1) if images % n == 0 and images // n <= largest)
 
 
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    return config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+
+
 def evaluation_interval(config: TrainConfig) -> int:
     return config.eval_every or math.ceil(config.steps / 5)
 
@@ -591,6 +596,11 @@ def print_plan(run: Run, step: int):
           f"{'; --epochs N makes it fewer' if epochs > 100 else ''}; warm-up "
           f"{min(config.warmup_steps, config.steps // 10)} steps, evaluation every "
           f"{evaluation_interval(config)}")
+    if compiles(config, run.device):
+        steps = range(min(config.steps, 500))
+        canvases = {run.sampler.global_batch(step)[0].canvas for step in steps}
+        print(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
+              f"the first {len(steps)} steps")
     without, boxes = count_without_location(run.dataset, config)
     if without:
         print(f"{without} of {boxes} boxes get no location: too small for the image size, or "

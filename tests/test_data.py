@@ -2,10 +2,6 @@
 
 import io
 import json
-import os
-import re
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,37 +9,10 @@ import torch
 from PIL import Image
 
 import data
+from conftest import SHARED, change, good_content, repeated, write_split
 from data import CocoDataset, Request, TrainSampler, UserError, read_annotations
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-NAN, INF = float("nan"), float("inf")
-
-
-def good_content():
-    """Four images, three categories with sparse unordered ids, five boxes; nothing is faulty."""
-    boxes = [(7, 10, 900, [10, 20, 30, 35]), (8, 10, 3, [1.5, 2, 20, 20]),
-             (9, 30, 41, [0, 0, 64, 48]), (12, 20, 3, [5, 5, 9, 12]),
-             (11, 40, 900, [20, 10, 15, 25])]
-    return {
-        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48 + i}
-                   for i in (30, 10, 20, 40)],
-        "categories": [{"id": 900, "name": "cat"}, {"id": 3, "name": "dog"},
-                       {"id": 41, "name": "eel"}],
-        "annotations": [{"id": n, "image_id": i, "category_id": c, "bbox": b, "iscrowd": 0,
-                         "area": b[2] * b[3]} for n, i, c, b in boxes]}
-
-
-def write_split(root, content, split="train"):
-    """A split with noise for its images; `content` may also be bytes. Returns the JSON file."""
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
-    (root / split).mkdir(exist_ok=True)
-    for entry in good_content()["images"]:
-        random = np.random.default_rng(entry["id"])
-        pixels = random.integers(0, 256, (entry["height"], entry["width"], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / split / entry["file_name"])
-    path = root / "annotations" / f"instances_{split}.json"
-    path.write_bytes(content if type(content) is bytes else json.dumps(content).encode())
-    return path
+NAN = float("nan")
 
 
 def open_good(root, content=None):
@@ -61,85 +30,47 @@ def test_annotations_are_flat_arrays_sorted_by_image(tmp_path):
     assert a.areas.tolist() == [64 * 48, 1050, 400, 108, 375]
 
 
-def test_category_ids_are_arbitrary_and_labels_are_their_rank(tmp_path):
-    text = json.dumps(good_content()).replace("900", "-7").replace("30", str(2**52))
-    a = read_annotations(write_split(tmp_path, text.encode()))
-    assert (a.category_ids, a.category_names) == ([-7, 3, 41], ["cat", "dog", "eel"])
+def test_category_ids_are_arbitrary_labels_are_their_rank_and_names_of_any_language(tmp_path):
+    content = json.loads(json.dumps(good_content()).replace("900", "-7").replace("30", str(2**52)))
+    content["images"][1]["file_name"] = content["categories"][0]["name"] = "写真 é.png"
+    a = read_annotations(write_split(tmp_path, content))
+    assert (a.category_ids, a.category_names) == ([-7, 3, 41], ["写真 é.png", "dog", "eel"])
     assert a.labels.tolist() == [2, 0, 1, 1, 0] and a.image_ids[0] == 2**52
+    assert a.file_names[1] == "写真 é.png"
 
 
-def test_whole_floats_a_bom_and_missing_iscrowd_and_area_are_read(tmp_path):
+def test_whole_floats_a_bom_and_missing_or_senseless_iscrowd_and_area_are_read(tmp_path):
     content = good_content()
     content["images"][0]["width"], content["annotations"][0]["image_id"] = 64.0, 10.0
     for entry in content["annotations"]:
         del entry["iscrowd"], entry["area"]
+    for entry, area in zip(content["annotations"], (None, "large", -3, NAN)):
+        entry["area"] = area
     a = read_annotations(write_split(tmp_path, b"\xef\xbb\xbf" + json.dumps(content).encode()))
     assert a.sizes[0, 1] == 64 and a.image.tolist() == [0, 1, 1, 2, 3] and not a.crowd.any()
     assert a.areas.tolist() == [64 * 48, 1050, 400, 108, 375]
 
 
-@pytest.mark.parametrize("area", [None, "large", -3, NAN, [1], 1e300, 10**400])
-def test_an_area_that_is_none_is_replaced_by_the_boxes_area(tmp_path, area):
-    content = good_content()
-    content["annotations"][0]["area"] = area
-    assert open_good(tmp_path, content).annotations.areas[1] == 1050
-
-
-@pytest.mark.parametrize("name", ["é 1.png", "写真.png", "Screenshot 9.41\u202fAM.png"])
-def test_file_and_category_names_of_any_language_are_read(tmp_path, name):
-    content = good_content()
-    content["images"][0]["file_name"] = content["categories"][0]["name"] = name
-    a = read_annotations(write_split(tmp_path, content))
-    assert a.file_names[0] == name and a.category_names[2] == name
-
-
-def change(table, i, key, value=None):
-    """A mutation of good_content: one value, or without it None (JSON's null)."""
-    def mutate(content):
-        content[table][i][key] = value
-        return content
-    return mutate
-
-
-def every_box(*bbox):
-    return lambda c: c | {"annotations": [a | {"bbox": bbox} for a in c["annotations"]]}
-
-
-def repeated(table, **changes):
-    return lambda c: c | {table: c[table] + [c[table][0] | changes]}
-
-
-REFUSED = [  # mutation, what the error must say
+@pytest.mark.parametrize("mutate, says", [
     (lambda c: [c], "no list of categories"),
-    (lambda c: c | {"annotations": {}}, "no list of annotations"),
     (lambda c: c | {"images": [7]}, "no list of images"),
     (lambda c: c | {"images": [], "annotations": []}, "list of images is empty"),
-    (lambda c: c | {"categories": [], "annotations": []}, "list of categories is empty"),
     (change("images", 0, "id", "30"), r"images\[0\].* has id '30' instead of an integer"),
-    *[(change("images", 0, "id", id), "has id ") for id in (True, 1.5, 10**40, INF, None, [1])],
+    (change("images", 0, "id", True), "has id True"),
     (change("images", 0, "file_name"), r"images\[0\] \(id 30\) has file_name None"),
-    *[(change("images", 0, "file_name", name), "instead of a path inside the image folder")
-      for name in ("", 5, "a/../../b.png", "/etc/passwd", "a\0.png", "\ud800.png")],
-    (change("images", 1, "height"), r"\(id 10\) has height None instead of a number of pixels"),
-    *[(change("images", 1, "width", width), f"has width {width!r} instead of a number of pixels")
-      for width in (0, -64, "64", 63.5, 10**12)],
+    (change("images", 0, "file_name", "a/../../b.png"), "instead of a path inside the image fol"),
+    (change("images", 0, "file_name", "\ud800.png"), "instead of a path inside the image folder"),
+    (change("images", 1, "height", 0), r"\(id 10\) has height 0 instead of a number of pixels"),
     (change("categories", 0, "name"), r"categories\[0\] \(id 900\) has name None"),
     (repeated("images", file_name="else.png"), r"images\[4\] \(id 30\) has the id of another"),
-    (repeated("categories", name="else"), r"categories\[3\] \(id 900\) has the id of another"),
     (change("annotations", 3, "image_id", 11), r"\(id 12\) has image_id 11, which is not among"),
     (change("annotations", 3, "category_id", 1), "has category_id 1, which is not among"),
-    (change("annotations", 3, "category_id", {"id": 3}), "has category_id {'id': 3}"),
-    (change("annotations", 3, "bbox"), r"annotations\[3\] \(id 12\) has bbox None"),
     (change("annotations", 3, "bbox", [1, 2, 3]), r"has bbox \[1, 2, 3\] instead of four numbers"),
-    *[(change("annotations", 3, "bbox", bbox), "instead of four numbers")
-      for bbox in ([1, 2, "3", 4], [1, 2, None, 4], [1, 2, True, 4], {"x": 1}, "1 2 3 4")],
+    (change("annotations", 3, "bbox", [1, 2, "3", 4]), "instead of four numbers"),
     (change("annotations", 3, "bbox", [1, 2, 10**400, 4]), "has bbox"),
     (change("annotations", 3, "iscrowd", 2), "has iscrowd 2 instead of 0 or 1"),
-    (every_box(0.1, 0.2, 0.3, 0.4), "normalised like most.*multiply"),
-]
-
-
-@pytest.mark.parametrize("mutate, says", REFUSED)
+    (lambda c: c | {"annotations": [a | {"bbox": [.1, .2, .3, .4]} for a in c["annotations"]]},
+     "normalised like most.*multiply")])
 def test_what_is_not_coco_format_is_refused_in_a_sentence_that_names_it(tmp_path, mutate, says):
     path = write_split(tmp_path, mutate(good_content()))
     with pytest.raises(UserError, match=says) as error:
@@ -149,16 +80,15 @@ def test_what_is_not_coco_format_is_refused_in_a_sentence_that_names_it(tmp_path
 
 
 @pytest.mark.parametrize("text", [
-    b"", b"hello", json.dumps(good_content()).encode()[:300], b"\xff\xfe{\x00}\x00", b"{} {}",
-    b"[" * 100_000, b'{"images": ' + b"9" * 5000 + b"}"])
+    b"", json.dumps(good_content()).encode()[:300], b"\xff\xfe{\x00}\x00", b"[" * 100_000])
 def test_a_file_that_is_not_json_is_said_to_be_none(tmp_path, text):
     with pytest.raises(UserError, match="train.json: cannot be read as JSON"):
         read_annotations(write_split(tmp_path, text))
 
 
 @pytest.mark.parametrize("bbox", [
-    [5, 5, 0, 3], [5, 5, 3, 0.0], [50, 5, -3, 3], [NAN, 5, 3, 3], [-INF, 5, 3, 3], [1, 5, 3, INF],
-    [1e308, 5, 1e308, 1], [64, 5, 9, 9], [5, -30, 9, 9], [5, 5, 1e-5, 9]])
+    [5, 5, 0, 3], [50, 5, -3, 3], [NAN, 5, 3, 3], [1e308, 5, 1e308, 1], [64, 5, 9, 9],
+    [5, 5, 1e-5, 9]])
 def test_a_faulty_box_is_left_out_and_counted(tmp_path, bbox):
     dataset = open_good(tmp_path, change("annotations", 3, "bbox", bbox)(good_content()))
     assert dataset.with_boxes().tolist() == [0, 1, 3] and dataset.targets(2)[0].shape == (0, 4)
@@ -177,40 +107,12 @@ def test_boxes_are_clipped_to_their_image_and_crowds_are_left_out(tmp_path):
     assert dataset.summary().endswith("left out: 1 crowd and 0 faulty boxes")
 
 
-def test_random_damage_is_read_or_refused_in_one_sentence(tmp_path):
-    random, text = np.random.default_rng(0), json.dumps(good_content())
-    tokens = ["null", "-1", "0", "NaN", "1e999", '"a"', "[]", "{}", "true", "0.5", "9" * 20, ",",
-              '"\\ud800"']
-    path, refused = write_split(tmp_path, good_content()), 0
-    for _ in range(300):
-        damaged = text
-        for _ in range(random.integers(1, 4)):
-            values = list(re.finditer(r"(?<=[ \[])[\d.]+", damaged))
-            start, end = values[random.integers(len(values))].span()
-            damaged = damaged[:start] + str(random.choice(tokens)) + damaged[end:]
-        path.write_text(damaged)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            try:
-                dataset = CocoDataset(read_annotations(path), tmp_path / "train")
-            except UserError as error:
-                refused += 1
-                assert "\n" not in str(error)
-                continue
-        a, boxes = dataset.annotations, dataset.boxes
-        assert len(a.image) == len(a.boxes) == len(a.labels) == len(a.areas) == len(a.crowd)
-        assert np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-    assert 100 < refused < 290
-
-
 def test_missing_folders_and_splits_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: no annotations/.*tools/to_coco.py"):
         data.find_split(tmp_path / "nowhere", "train")
     write_split(tmp_path, good_content())
     with pytest.raises(UserError, match="no splits match 'val' among train; .*--val-split"):
         data.find_split(tmp_path, "val")
-    with pytest.raises(UserError, match="no splits match 'test' among train; .*--train-split"):
-        data.find_split(tmp_path, "train", "test")
     write_split(tmp_path, good_content(), "train_b")
     with pytest.raises(UserError, match="2 splits match 'train'"):
         data.find_split(tmp_path, "train")
@@ -260,9 +162,8 @@ def encoded(picture, kind="JPEG", **options):
 
 
 @pytest.mark.parametrize("mode, kind, tolerance", [
-    ("RGB", "PNG", 0), ("RGB", "JPEG", 4), ("RGB", "WEBP", 10), ("RGB", "BMP", 0),
-    ("RGB", "TIFF", 0), ("CMYK", "JPEG", 4), ("RGBA", "PNG", 0), ("P", "PNG", 20), ("P", "GIF", 20),
-    ("L", "PNG", 0), ("L", "JPEG", 4), ("LA", "PNG", 0)])
+    ("RGB", "PNG", 0), ("RGB", "JPEG", 4), ("RGB", "WEBP", 10), ("CMYK", "JPEG", 4),
+    ("RGBA", "PNG", 0), ("P", "GIF", 20), ("L", "JPEG", 4), ("LA", "PNG", 0)])
 def test_images_of_any_kind_are_loaded_as_rgb(tmp_path, mode, kind, tolerance):
     (tmp_path / "a").write_bytes(encoded(PHOTO.convert(mode), kind))
     image = data.load_image(tmp_path / "a")
@@ -278,37 +179,23 @@ def test_pngs_of_16_bits_keep_their_upper_8(tmp_path):
     assert image.dtype == np.uint8 and all(np.array_equal(channel, grey >> 8) for channel in image)
 
 
-def test_transparency_is_dropped_and_of_an_animation_the_first_picture_is_taken(tmp_path):
-    clear, red, blue = (Image.new("RGBA", (8, 8), c) for c in ((200, 100, 50, 0), "red", "blue"))
-    (tmp_path / "a").write_bytes(encoded(clear, "PNG"))
-    assert data.load_image(tmp_path / "a")[:, 0, 0].tolist() == [200, 100, 50]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        (tmp_path / "a").write_bytes(encoded(red.convert("P"), "PNG", transparency=b"\x80" * 9))
-        assert data.load_image(tmp_path / "a")[:, 0, 0].tolist() == [255, 0, 0]
-    (tmp_path / "a").write_bytes(encoded(red, "GIF", save_all=True, append_images=[blue]))
-    assert data.load_image(tmp_path / "a")[:, 0, 0].tolist() == [255, 0, 0]
+def test_transparency_is_dropped(tmp_path):
+    Image.new("RGBA", (8, 8), (200, 100, 50, 0)).save(tmp_path / "a.png")
+    assert data.load_image(tmp_path / "a.png")[:, 0, 0].tolist() == [200, 100, 50]
 
 
 JPEG, PNG = encoded(PHOTO), encoded(PHOTO, "PNG")
 
 
 @pytest.mark.parametrize("content", [
-    JPEG[:len(JPEG) // 2], JPEG[:-2], JPEG[:20], encoded(PHOTO, progressive=True)[:-400], b"text",
-    PNG[:len(PNG) // 2], PNG[:200] + b"\x55" * 50 + PNG[250:], encoded(PHOTO, "WEBP")[:300], b"",
+    JPEG[:len(JPEG) // 2], JPEG[:-2], encoded(PHOTO, progressive=True)[:-400], b"text",
+    PNG[:len(PNG) // 2], PNG[:200] + b"\x55" * 50 + PNG[250:],
     encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")])
 def test_images_that_cannot_be_decoded_are_named_in_a_sentence(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"a.jpg: cannot be decoded as an image \(.+\)") as error:
         data.load_image(tmp_path / "a.jpg")
     assert "\n" not in str(error.value)
-
-
-def test_a_folder_a_fifo_and_nothing_at_all_are_no_image_files(tmp_path):
-    os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
-    for path in (tmp_path, tmp_path / "fifo", tmp_path / "absent"):
-        with pytest.raises(UserError, match=f"{path}: no such image file"):
-            data.load_image(path)
 
 
 @pytest.mark.parametrize("kind, orientation, turned", [
@@ -353,8 +240,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert sampler(seed=6).global_batch(0) != global_batches[0]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("world, count", [(1, 2), (2, 2), (4, 1)])
 def test_processes_and_microbatches_share_every_global_batch(world, count):
     s, steps = sampler(), range(3, 9)
     parts = [list(data.microbatches(s, steps, count, rank, world)) for rank in range(world)]
@@ -373,24 +259,12 @@ def test_an_epoch_sees_every_image_and_few_twice():
         assert sorted(set(seen)) == list(range(3, 53)) and len(seen) == 56
 
 
-def test_fewer_images_than_a_batch_are_repeated_evenly():
-    seen = [r.index for r in sampler(images=np.array([4, 9, 11])).global_batch(0)]
-    assert sorted(seen.count(i) for i in (4, 9, 11)) == [2, 3, 3]
-
-
 def test_the_only_tall_image_is_shown_as_often_as_the_wide_ones():
     sizes = np.array([[64, 48]] + [[48, 64]] * 292)
     s = TrainSampler(sizes, np.arange(293), 16, seed=0, short_sides=(64, 64), long_side=133)
     shown = np.bincount([r.index for step in range(50 * s.batches_per_epoch)
                          for r in s.global_batch(step)])
     assert shown.min() >= 50 and shown.max() < 62  # 51.9 on average
-
-
-def test_tall_and_wide_images_share_few_batches():
-    for epoch in range(5):
-        mixed = [len({SIZES[r.index, 1] >= SIZES[r.index, 0] for r in sampler().global_batch(step)})
-                 == 2 for step in range(7 * epoch, 7 * epoch + 7)]
-        assert sum(mixed) <= 2  # where tall ones end, and the batch that is filled up
 
 
 def test_half_of_the_images_are_flipped_and_short_sides_fill_their_range():
@@ -404,36 +278,27 @@ def test_half_of_the_images_are_flipped_and_short_sides_fill_their_range():
 @pytest.mark.parametrize("size, enlarge, expected", [
     ((480, 640), True, (800, 1067)), ((640, 480), True, (1067, 800)),
     ((400, 1000), True, (533, 1333)), ((480, 640), False, (480, 640)),
-    ((1600, 1600), False, (800, 800)), ((1, 100_000), True, (1, 1333))])
+    ((1, 100_000), True, (1, 1333))])
 def test_the_short_side_becomes_800_unless_the_long_side_would_exceed_1333(size, enlarge, expected):
     assert data.resized(*size, 800, 1333, enlarge) == expected
 
 
-def test_the_canvas_holds_the_whole_global_batch_in_multiples_of_32():
-    for step in range(10):
-        batch = sampler().global_batch(step)
-        (canvas,) = {request.canvas for request in batch}
-        for side in (0, 1):
-            longest = max(request.size[side] for request in batch)
-            assert canvas[side] % 32 == 0 and longest <= canvas[side] < longest + 32
-
-
-@pytest.mark.parametrize("count", [2, 4, 1])
-def test_canvases_have_few_lengths_if_that_is_wanted(count):
-    photographs = np.array([(480, 640), (640, 480), (427, 640)] * 20)
-    s = sampler(sizes=photographs, canvas_sides=count, short_sides=(640, 800), long_side=1333)
-    lengths = set()
+@pytest.mark.parametrize("sides", [0, 1, 4])
+def test_the_canvas_holds_the_global_batch_in_multiples_of_32_of_few_lengths_if_wanted(sides):
+    s, lengths = sampler(canvas_sides=sides), set()
     for step in range(30):
         batch = s.global_batch(step)
         (canvas,) = {request.canvas for request in batch}
         lengths |= {*canvas}
-        assert all(r.size[side] <= canvas[side] for r in batch for side in (0, 1))
-    assert len(lengths) <= count and all(length % 32 == 0 for length in lengths)
+        for side in (0, 1):
+            longest = max(request.size[side] for request in batch)
+            assert canvas[side] % 32 == 0 and longest <= canvas[side]
+            assert canvas[side] < longest + 32 or sides
+    assert len(lengths) <= (sides or 5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_evaluation_sees_every_image_once_and_unflipped(batch_size):
-    evaluated = data.evaluation_batches(SIZES, batch_size, 64, 133, True)
+def test_evaluation_sees_every_image_once_and_unflipped():
+    evaluated = data.evaluation_batches(SIZES, 7, 64, 133, True)
     assert sorted(r.index for batch in evaluated for r in batch) == list(range(53))
     assert not any(request.flip for batch in evaluated for request in batch)
     assert all(len({request.canvas for request in batch}) == 1 for batch in evaluated)

@@ -1,11 +1,8 @@
 """The figures are COCO's, every image counts once, and a zero is explained."""
 
-import io
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,15 +16,12 @@ from pycocotools.cocoeval import COCOeval
 import data
 import evaluate
 import train
+from conftest import ROOT, SHARED, edit, finish, link_copy, start
 from data import UserError
 from evaluate import Detector, Results
 from make_shapes import SHAPES, make_shapes
 from model import CHECKPOINT_FORMAT, FCOS, ModelConfig
-from test_train import edit, finish, link_copy, start
-from torchvision.ops import box_iou
 
-ROOT = Path(__file__).resolve().parents[1]
-COCO_MINI = ROOT.parent / "shared" / "data" / "coco_mini"
 SMALL = ModelConfig(num_classes=3, backbone="resnet18", backbone_norm="group", channels=16,
                     tower_depth=1, short_side=64, long_side=128, score_threshold=0.0)
 
@@ -86,19 +80,14 @@ def metrics_of(a, results):
 
 # --- the figures are COCO's ---------------------------------------------------------------------
 
-def numbered_from_zero(content):
-    for i, annotation in enumerate(content["annotations"]):
-        annotation["id"] = i
-
-
-def sparse_ids(content):
+def odd_ids(content):
     for image in content["images"]:
         image["id"] = image["id"] * 977 + 10**9
     for category in content["categories"]:
         category["id"] = category["id"] * 13 + 5
-    for annotation in content["annotations"]:
-        annotation["image_id"] = annotation["image_id"] * 977 + 10**9
-        annotation["category_id"] = annotation["category_id"] * 13 + 5
+    for i, annotation in enumerate(content["annotations"]):
+        annotation.update(id=i, image_id=annotation["image_id"] * 977 + 10**9,
+                          category_id=annotation["category_id"] * 13 + 5)
 
 
 def without_optional_keys(content):
@@ -106,13 +95,7 @@ def without_optional_keys(content):
         del annotation["id"], annotation["area"], annotation["iscrowd"]
 
 
-def huge_area(content):
-    for annotation in content["annotations"]:
-        annotation["area"] = 1e300
-
-
-@pytest.mark.parametrize("change", [numbered_from_zero, sparse_ids, without_optional_keys,
-                                    huge_area])
+@pytest.mark.parametrize("change", [odd_ids, without_optional_keys])
 def test_the_true_boxes_as_detections_have_average_precision_1(shapes, tmp_path, change):
     a = changed(shapes, tmp_path, change).annotations
     metrics = metrics_of(a, truth_as_detections(a))
@@ -135,9 +118,9 @@ def test_a_false_detection_between_two_true_ones_costs_what_it_must(shapes, tmp_
     assert metrics["classes"][0]["boxes"] == 2 and metrics["classes"][0]["detections"] == 3
 
 
-@pytest.mark.skipif(not COCO_MINI.exists(), reason="no images in ../shared/data/coco_mini")
+@pytest.mark.skipif(not (SHARED / "coco_mini").exists(), reason="no ../shared/data/coco_mini")
 def test_figures_are_those_of_pycocotools_on_real_annotations_with_crowds():
-    a, random = val_of(COCO_MINI).annotations, np.random.default_rng(0)
+    a, random = val_of(SHARED / "coco_mini").annotations, np.random.default_rng(0)
     truth = truth_as_detections(a)
     found = truth._replace(boxes=truth.boxes + random.normal(0, 8, truth.boxes.shape),
                            scores=random.random(len(truth.scores)))
@@ -151,9 +134,7 @@ def test_figures_are_those_of_pycocotools_on_real_annotations_with_crowds():
     assert list(figures.values()) == evaluation.stats.tolist() and 0.05 < figures["AP"] < 0.95
 
 
-@pytest.mark.parametrize("bbox", [
-    [math.nan, 5, 20, 20], [-math.inf, 5, 20, 20], [5, 5, math.inf, 20], [5, 5, -20, 20],
-    [5, 5, 20, 0]], ids=str)
+@pytest.mark.parametrize("bbox", [[math.nan, 5, 20, 20], [5, 5, math.inf, 20], [5, 5, 20, 0]])
 def test_a_faulty_true_box_is_an_object_that_nothing_hits(shapes, tmp_path, bbox):
     clean = truth_as_detections(val_of(shapes).annotations)
     a = changed(shapes, tmp_path, lambda c: c["annotations"][0].update(bbox=bbox)).annotations
@@ -172,13 +153,10 @@ def explained(a, results):
     return "; ".join(evaluate.explain(metrics_of(a, results), a, results))
 
 
-def test_no_detection_at_all_is_0_and_explained(shapes):
+def test_0_without_a_detection_and_minus_1_without_a_true_box_are_explained(shapes, tmp_path):
     a = val_of(shapes).annotations
     assert metrics_of(a, evaluate.NOTHING)["figures"]["AP"] == 0
     assert "every figure is 0: no detection scored above" in explained(a, evaluate.NOTHING)
-
-
-def test_a_split_without_boxes_is_minus_1_and_explained(shapes, tmp_path):
     a = changed(shapes, tmp_path, lambda content: content.update(annotations=[])).annotations
     assert set(metrics_of(a, evaluate.NOTHING)["figures"].values()) == {-1}
     assert "every figure is -1: " in explained(a, evaluate.NOTHING)
@@ -272,21 +250,11 @@ def test_a_detector_takes_an_image_in_any_form(detector, tmp_path):
 
 
 @pytest.mark.parametrize("image", [
-    np.zeros((9, 9, 3)), torch.zeros(9, 9, 3, dtype=torch.uint8), torch.zeros(9, 9),
-    np.zeros((9, 9), np.uint8)],
-    ids=["floats", "channels last", "no channels", "grey array"])
+    np.zeros((9, 9, 3)), torch.zeros(9, 9, 3, dtype=torch.uint8), np.zeros((9, 9), np.uint8)],
+    ids=["floats", "channels last", "grey array"])
 def test_what_is_no_rgb_image_is_refused(detector, image):
     with pytest.raises(UserError, match="must be a path"):
         detector(image)
-
-
-def test_a_detector_is_loaded_from_another_folder(checkpoint, tmp_path):
-    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evaluate import load_detector;"
-               f"d = load_detector({str(checkpoint)!r}, 'cpu'); import numpy;"
-               "print(len(d(numpy.zeros((60, 90, 3), numpy.uint8))), *d.names)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
-                          text=True, check=True)
-    assert done.stdout == f"100 {' '.join(SHAPES)}\n"
 
 
 def test_inclusive_boxes_end_a_pixel_later_inside_the_image(detector):
@@ -317,23 +285,7 @@ def test_test_time_augmentation_brings_every_size_and_flip_back_to_the_image():
     assert box == pytest.approx(plain, abs=2) and (score, name) == (1, "rectangle")
 
 
-def test_test_time_augmentation_of_a_symmetric_image_finds_what_the_plain_pass_finds(
-        detector, monkeypatch):
-    half = torch.randint(256, (3, 64, 32), dtype=torch.uint8)
-    image = torch.cat([half, half.flip(2)], dim=2)
-    monkeypatch.setattr(evaluate, "TTA_SCALES", (1,))
-    plain, merged = detector(image), detector(image, tta=True)
-    width = image.shape[2]
-    for boxes in (plain.boxes, data.mirror(plain.boxes, width)):  # all there, or suppressed
-        assert (box_iou(boxes[:10], merged.boxes).amax(1) > SMALL.nms_iou).all()
-    assert merged.scores[0] == pytest.approx(plain.scores[0].item())
-
-
 # --- prediction ---------------------------------------------------------------------------------
-
-def predictions(folder):
-    return json.loads((folder / "detections.json").read_text(errors="surrogateescape"))
-
 
 def test_prediction_writes_pictures_and_all_boxes_and_says_the_best_score(
         checkpoint, tmp_path, capsys):
@@ -342,7 +294,7 @@ def test_prediction_writes_pictures_and_all_boxes_and_says_the_best_score(
     for name, mode in (("grey.png", "L"), ("colour.jpg", "RGB"), ("alpha.png", "RGBA")):
         Image.new(mode, (90, 60)).save(folder / name)
     main(checkpoint, "--images", folder / "grey.png", folder, "--out", out)
-    rows = predictions(out)
+    rows = json.loads((out / "detections.json").read_text())
     assert [Path(row["file"]).name for row in rows] == ["grey.png", "alpha.png", "colour.jpg",
                                                         "grey.png"]
     assert [row["picture"] for row in rows] == ["grey.png", "alpha.png", "colour.png", "grey-2.png"]
@@ -351,13 +303,12 @@ def test_prediction_writes_pictures_and_all_boxes_and_says_the_best_score(
     assert len(scores) == 100 and scores == sorted(scores, reverse=True)
     assert f"grey.png: 0 objects; best score {scores[0]:.3f}" in capsys.readouterr().out
     main(checkpoint, "--images", folder / "grey.png", "--out", out, "--threshold", scores[1])
-    assert predictions(out) == rows[:1]  # whatever is drawn
+    assert json.loads((out / "detections.json").read_text()) == rows[:1]  # whatever is drawn
     assert "grey.png: 0 objects" not in capsys.readouterr().out
 
 
 def test_prediction_reports_unreadable_files_and_does_the_others(checkpoint, tmp_path, capsys):
     for name, mode, size in (("pixel.png", "RGB", (1, 1)), ("wide.jpg", "RGB", (2000, 9)),
-                             ("palette.gif", "P", (40, 30)), ("cmyk.jpg", "CMYK", (40, 30)),
                              ("deep.png", "I;16", (40, 30))):
         Image.new(mode, size).save(tmp_path / name)
     Image.new("RGB", (40, 30)).save(os.fsencode(tmp_path) + b"/caf\xe9.png")  # not UTF-8
@@ -371,9 +322,10 @@ def test_prediction_reports_unreadable_files_and_does_the_others(checkpoint, tmp
     told = capsys.readouterr().err
     for name in ("torn.jpg", "text.png", "absent.jpg"):
         assert f"error: {tmp_path / name}: " in told
-    sizes = {Path(r["file"]).stem: (r["width"], r["height"]) for r in predictions(tmp_path / "out")}
-    assert sizes == {"pixel": (1, 1), "wide": (2000, 9), "palette": (40, 30), "cmyk": (40, 30),
-                     "deep": (40, 30), "turned": (30, 40), "caf\\xe9": (40, 30)}
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {Path(row["file"]).stem: (row["width"], row["height"]) for row in rows} == {
+        "pixel": (1, 1), "wide": (2000, 9), "deep": (40, 30), "turned": (30, 40),
+        "caf\\xe9": (40, 30)}
 
 
 def test_prediction_never_overwrites_the_photo(checkpoint, tmp_path):
@@ -386,17 +338,9 @@ def test_prediction_never_overwrites_the_photo(checkpoint, tmp_path):
 
 # --- the program --------------------------------------------------------------------------------
 
-def test_a_name_that_the_terminal_cannot_print_does_not_end_the_program(monkeypatch):
-    terminal = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
-    evaluate.run_program(lambda: print("caf\xe9", flush=True))
-    assert terminal.getvalue() == b"caf\\xe9\n"
-
-
 @pytest.mark.parametrize("error, sentence", [
     (UserError("what; remedy"), "^error: what; remedy$"),
     (FileNotFoundError(2, "No such file", "x.json"), "^error: .*No such file.*x.json"),
-    (MemoryError(), "^error: out of memory .*--batch-size"),
     (torch.OutOfMemoryError("CUDA out of memory."), "^error: out of memory .*--batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"),
      "^error: out of memory .*--batch-size")])
@@ -411,11 +355,9 @@ def test_an_error_ends_the_program_in_a_sentence(error, sentence):
 @pytest.mark.parametrize("options, sentence", [
     (["nowhere"], "nowhere: no such file"),
     ([ROOT / "tests"], "tests: no checkpoint-*.pt here"),
-    ([ROOT / "Makefile"], "Makefile: damaged, or not a PyTorch file"),
     (["tests", "--batch-size", "0"], "--batch-size must be at least 1"),
     (["CHECKPOINT", "--out", "CHECKPOINT"], "model.pt: cannot be a folder"),
-    (["CHECKPOINT", "--images", "FOLDER"], "no image file in this folder"),
-    (["CHECKPOINT", "--data", "FOLDER"], "no annotations/instances_<split>.json")])
+    (["CHECKPOINT", "--images", "FOLDER"], "no image file in this folder")])
 def test_wrong_options_end_in_one_sentence(options, sentence, checkpoint, tmp_path, capsys):
     paths = {"CHECKPOINT": checkpoint, "FOLDER": tmp_path}
     with pytest.raises(SystemExit) as raised:

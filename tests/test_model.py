@@ -1,23 +1,22 @@
-"""From pixels to boxes: the configuration, the network, decoding by hand, and checkpoints."""
+"""From pixels to boxes: the configuration, the network, decoding by hand, and checkpoints.
+
+test_import_weights.py compares the whole network with torchvision and maskrcnn-benchmark.
+"""
 
 import copy
 import math
-import os
 import re
 from argparse import Namespace
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d
 
 import model as our
-from assign import STRIDES, make_locations
+from assign import make_locations
 from data import UserError
 from model import BACKBONES, FCOS, ModelConfig, Outputs, detect
 
@@ -38,61 +37,31 @@ def small_model(**changes):
 
 # --- configuration ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
-def test_every_field_refuses_nonsense_in_a_sentence_that_names_it(name):
-    default, option = getattr(ModelConfig(), name), f"--{name.replace('_', '-')}"
-    wrong = [None, "nonsense", [1], object(), b"resnet50"]
-    if type(default) is bool:
-        wrong += [1, 0.0]
-    elif type(default) is not str:
-        numbers = [-1, math.nan, math.inf, 10**12, True, "1"]
-        wrong += numbers if type(default) is not tuple else [
-            *((n, *default[1:]) for n in numbers), default[:2], list(default)]
-    for value in wrong:
-        with pytest.raises(UserError, match=option) as error:
-            replace(ModelConfig(), **{name: value})
-        assert "\n" not in str(error.value) and "must be" in str(error.value)
-
-
 @pytest.mark.parametrize("name, value", [
-    ("channels", 12), ("channels", 0), ("num_classes", 0), ("frozen_stages", 6), ("nms_iou", 1.01),
-    ("location_offset", 2), ("pixel_std", (0, 1, 1)), ("max_detections", 0), ("short_side", 0)])
-def test_values_out_of_range_are_refused(name, value):
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .*must be"):
+    ("channels", 12), ("num_classes", 0), ("frozen_stages", 6), ("short_side", 10**12),
+    ("nms_iou", math.nan), ("nms_iou", 1.01), ("pixel_std", (0, 1, 1)), ("pixel_mean", [1, 2, 3]),
+    ("pixel_mean", (1, 2)), ("short_side", "800"), ("max_detections", True), ("enlarge", 1),
+    ("backbone", "nonsense"), ("box_unit", None)])
+def test_a_value_of_another_type_or_out_of_range_is_refused_in_a_sentence(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .*must be") as error:
         ModelConfig(**{name: value})
+    assert "\n" not in str(error.value)
 
 
-def test_integers_pass_where_floats_are_expected():
-    config = ModelConfig(score_threshold=0, nms_iou=1, pixel_std=(1, 1, 1))
-    assert config.nms_iou == 1 and config.pixel_std == (1, 1, 1)
-
-
-def test_missing_fields_take_their_defaults_with_a_notice(capsys):
-    values = asdict(SMALL)
-    del values["inclusive_boxes"], values["nms_iou"]
-    assert our.config_from_dict(ModelConfig, values, "old.pt") == SMALL
-    notice = capsys.readouterr().out
-    assert notice.count("\n") == 1 and "inclusive_boxes = False, nms_iou = 0.6" in notice
-    assert our.config_from_dict(ModelConfig, asdict(SMALL), "new.pt") == SMALL
-    assert capsys.readouterr().out == ""
-
-
-def test_a_field_that_a_user_adds_needs_no_more_than_its_line(capsys):
+def test_fields_added_since_take_their_defaults_with_a_notice_and_need_only_their_line(capsys):
     @dataclass(frozen=True)
     class Extended(ModelConfig):
         x: int = 3
 
-    assert our.config_from_dict(Extended, asdict(SMALL), "old.pt").x == 3
-    assert "x = 3" in capsys.readouterr().out
+    values = asdict(SMALL)
+    del values["nms_iou"]
+    assert our.config_from_dict(Extended, values, "old.pt").x == 3
+    notice = capsys.readouterr().out
+    assert notice.count("\n") == 1 and "nms_iou = 0.6, x = 3" in notice
+    assert our.config_from_dict(ModelConfig, asdict(SMALL), "new.pt") == SMALL
+    assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="--x -1"):
         Extended(x=-1)
-
-
-def test_unknown_fields_are_refused_by_name_and_faulty_values_with_the_file():
-    with pytest.raises(UserError, match=r"a.pt: .*does not know \(dropout, warp\)"):
-        our.config_from_dict(ModelConfig, asdict(SMALL) | {"warp": 1, "dropout": 0.1}, "a.pt")
-    with pytest.raises(UserError, match="a.pt: --channels '64'"):
-        our.config_from_dict(ModelConfig, asdict(SMALL) | {"channels": "64"}, "a.pt")
 
 
 # --- the network --------------------------------------------------------------------------------
@@ -106,16 +75,7 @@ def test_every_backbone_builds_with_the_channels_that_it_says(name):
     assert [f.shape[2:] for f in features] == [(8, 12), (4, 6), (2, 3)]
 
 
-def test_the_stride_moves_to_the_1x1_of_bottlenecks_and_other_blocks_stay():
-    with torch.device("meta"):
-        moved = our.Backbone(ModelConfig(stride_in_1x1=True)).body.layer2[0]
-        basic = our.Backbone(replace(SMALL, stride_in_1x1=True)).body.layer2[0]
-    assert (moved.conv1.stride, moved.conv2.stride) == ((2, 2), (1, 1))
-    assert (basic.conv1.stride, basic.conv2.stride) == ((2, 2), (1, 1))
-
-
-@pytest.mark.parametrize("norm, stages", [("frozen_batch", 0), ("frozen_batch", 2), ("group", 1),
-                                          ("frozen_batch", 5)])
+@pytest.mark.parametrize("norm, stages", [("frozen_batch", 2), ("group", 0), ("frozen_batch", 5)])
 def test_frozen_stages_have_no_gradient_and_all_else_has(norm, stages):
     model = small_model(frozen_stages=stages, backbone_norm=norm)
     sum(x.float().sum() for x in model(torch.rand(1, 3, 128, 128) * 255)).backward()
@@ -152,32 +112,6 @@ def test_padding_is_exactly_zero_after_normalization():
     torch.testing.assert_close(x[0, :, 0, 0], torch.tensor(expected))
 
 
-@pytest.mark.parametrize("height, width", [(16, 24), (13, 7)])
-def test_the_pyramid_is_torchvision_s_with_p6_from_p5_and_p7_from_rectified_p6(height, width):
-    fpn = our.FPN([8, 16, 32], 32)
-    c3, c4, c5 = (torch.randn(2, 8 * 2**n, math.ceil(height / 2**n), math.ceil(width / 2**n))
-                  for n in range(3))
-    p3, p4, p5, p6, p7 = fpn(c3, c4, c5)
-    expected = FeaturePyramidNetwork.forward(fpn, {"c3": c3, "c4": c4, "c5": c5}).values()
-    assert all(torch.equal(*pair) for pair in zip((p3, p4, p5, p6, p7), expected, strict=True))
-    for p, x, conv in ((p6, p5, fpn.extra_blocks.p6), (p7, p6.relu(), fpn.extra_blocks.p7)):
-        torch.testing.assert_close(p, F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1))
-
-
-@pytest.mark.parametrize("unit", ["pixel", "stride"])
-def test_boxes_are_decoded_in_their_unit_with_a_scale_for_each_level(unit):
-    model, cells = small_model(box_unit=unit), [256, 64, 16, 4, 1]
-    nn.init.zeros_(model.head.box_pred.weight)
-    bias = model.head.box_pred.bias.data = torch.tensor([-1.0, 0, 0.5, 2])
-    model.scales.data = scales = torch.tensor([0.5, 1, 2, 3, 4])
-    levels = model(torch.rand(1, 3, 128, 128)).ltrb.split(cells, dim=1)
-    for level, stride, scale in zip(levels, STRIDES, scales):
-        expected = (scale * bias).exp() if unit == "pixel" else (scale * bias).relu() * stride
-        torch.testing.assert_close(level, expected.expand_as(level))
-    levels[2].sum().backward()
-    assert (model.scales.grad != 0).tolist() == [False, False, True, False, False]
-
-
 def test_the_head_starts_with_std_001_bias_0_and_prior_001():
     head = our.Head(ModelConfig())
     for name, module in head.named_modules():
@@ -187,31 +121,6 @@ def test_the_head_starts_with_std_001_bias_0_and_prior_001():
             torch.testing.assert_close(module.bias, torch.full_like(module.bias, bias))
     groups = [module.num_groups for module in head.modules() if isinstance(module, nn.GroupNorm)]
     assert groups == [32] * 8
-
-
-@pytest.mark.parametrize("on_box_tower", [False, True])
-def test_centerness_comes_from_the_tower_that_the_configuration_says(on_box_tower):
-    model = small_model(centerness_on_box_tower=on_box_tower)
-    model(torch.rand(1, 3, 64, 64)).centerness.sum().backward()
-    assert (model.head.box_tower[0].weight.grad is not None) == on_box_tower
-    assert (model.head.cls_tower[0].weight.grad is None) == on_box_tower
-
-
-@pytest.mark.parametrize("size", [(128, 256), (160, 224)])
-def test_outputs_stand_in_the_order_of_the_locations(size):
-    """With a pyramid of coordinates, and a head that hands them through, outputs are locations."""
-    def coordinates(*_):
-        x, y = ([(torch.arange(math.ceil(n / s)) + 0.5) * s for s in STRIDES] for n in size[::-1])
-        return [torch.stack(torch.meshgrid(*xy, indexing="xy"))[None] for xy in zip(x, y)]
-
-    model, locations = small_model(), make_locations(*size)
-    model.fpn.forward = coordinates  # S x (1, 2, H, W)
-    model.head.forward = lambda p: (p, torch.cat([p, p], 1) / 1e3, p[:, 1:])
-    outputs = model(torch.zeros(1, 3, *size))
-    assert torch.equal(outputs.logits[0], locations.xy)
-    assert torch.equal(outputs.centerness[0], locations.xy[:, 1])
-    torch.testing.assert_close(outputs.ltrb[0].log() * 1e3, locations.xy.repeat(1, 2),
-                               rtol=1e-4, atol=1e-3)
 
 
 # --- decoding -----------------------------------------------------------------------------------
@@ -245,14 +154,7 @@ def test_a_hand_worked_detection():
     assert d.boxes.tolist() == [[40, 0, 80, 80], [27, 18, 31, 24]]
     torch.testing.assert_close(d.scores, torch.tensor([0.81, 0.4]))
     assert d.labels.tolist() == [2, 1]
-
-
-def test_boxes_are_clipped_to_each_image_not_to_the_canvas():
-    found = [(n, 1, 3, 3, 0, 0.9, 0.9, (90, 90, 90, 90)) for n in range(2)]
-    outputs, locations = outputs_with(*found, N=2)
-    a, b = detect(outputs, locations, torch.tensor([[128, 128], [60, 100]]), CONFIG)
-    assert a.boxes.tolist() == [[0, 0, 128, 128]]
-    assert b.boxes.tolist() == [[0, 0, 100, 60]]  # x1 = width, y1 = height
+    assert len(detect_one().scores) == 0
 
 
 def test_locations_in_the_padding_find_no_box_without_area():
@@ -304,31 +206,11 @@ def test_nms_of_many_groups_equals_nms_of_each_group_bit_for_bit():
         assert torch.equal(kept[index], expected)
 
 
-def test_the_best_100_of_an_image_remain():
-    found = [(0, 0, i // 16, i % 16, 0, 0.1 + i / 256, 0.9, (2, 2, 2, 2)) for i in range(150)]
-    expected = torch.tensor([0.9 * (0.1 + i / 256) for i in range(149, 49, -1)])
-    torch.testing.assert_close(detect_one(*found).scores, expected)
-
-
-def test_the_top_k_are_those_of_each_level():
-    found = [(0, 0, i, 0, i % 2, 0.9 - i / 100, 0.9, (2, 2, 2, 2)) for i in range(5)]
-    found += [(0, 3, 0, 0, 0, 0.1, 0.9, (9, 9, 9, 9)),
-              (0, 0, 0, 0, 2, 0.895, 0.9, (2, 2, 2, 2))]  # a second class at the best location
-    d = detect_one(*found, candidates_per_level=2)
-    assert d.scores.tolist() == pytest.approx([0.81, 0.8055, 0.09], abs=1e-5)
-
-
-def test_no_detection_at_all_gives_empty_tensors():
-    d = detect_one()
-    assert (d.boxes.shape, d.scores.shape, d.labels.shape) == ((0, 4), (0,), (0,))
-
-
-@pytest.mark.parametrize("N, C", [(1, 1), (2, 7)])
 @pytest.mark.parametrize("k", [3, 50, 5_000])
-def test_looking_at_the_best_locations_alone_finds_what_looking_at_all_finds(N, C, k):
-    config = ModelConfig(num_classes=C, candidates_per_level=k, score_threshold=0.4,
-                         max_detections=10_000)
-    locations = make_locations(128, 256)
+def test_looking_at_the_best_locations_alone_finds_what_looking_at_all_finds(k):
+    config = ModelConfig(num_classes=7, candidates_per_level=k, score_threshold=0.4,
+                         max_detections=100)
+    locations, N, C = make_locations(128, 256), 2, 7
     L = len(locations.xy)
     ltrb = torch.rand(N, L, 4) * 0.1  # boxes that do not overlap
     outputs = Outputs(torch.randn(N, L, C), ltrb, torch.randn(N, L))
@@ -337,7 +219,8 @@ def test_looking_at_the_best_locations_alone_finds_what_looking_at_all_finds(N, 
         final = torch.where(score > 0.4, score * outputs.centerness[n].sigmoid()[:, None], 0.0)
         levels = final.split([level.height * level.width for level in locations.levels])
         best = torch.cat([level.flatten().sort(descending=True).values[:k] for level in levels])
-        expected = best[best > 0].sort(descending=True).values
+        expected = best[best > 0].sort(descending=True).values[:100]
+        assert len(expected) == 100 or k == 3
         torch.testing.assert_close(d.scores, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -359,17 +242,6 @@ def test_decoding_has_no_host_device_sync(spacing):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.tolist() == [1]
-
-
-@pytest.mark.parametrize("size", [(32, 32), (224, 352), (800, 1216), (1088, 800), (128, 256)])
-def test_evenly_spaced_locations_are_the_centres_of_torchvision_s_anchors(size):
-    features = [torch.zeros(1, 1, math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in STRIDES]
-    generator = AnchorGenerator(tuple((s,) for s in STRIDES), ((1.0,),) * 5)
-    (anchors,) = generator(ImageList(torch.zeros(1, 3, *size), [size]), features)
-    locations = make_locations(*size, offset=0)
-    even = our.evenly_spaced(locations)
-    assert torch.equal(even, (anchors[:, :2] + anchors[:, 2:]) / 2)
-    assert torch.equal(even, locations.xy) == (size in [(32, 32), (128, 256)])
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -398,15 +270,6 @@ def test_a_checkpoint_rebuilds_its_detector(saved, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(rebuilt(images), model(images)))
 
 
-def test_checkpoints_of_a_run_are_those_of_a_step_alone_sorted_as_numbers(tmp_path):
-    for name in ("checkpoint-0000010", "checkpoint-9999999", "checkpoint-10000000", "best",
-                 "checkpoint-best", "checkpoint-0000010-keep", "checkpoint-", "checkpoint-1.5"):
-        (tmp_path / f"{name}.pt").write_text("")
-    (tmp_path / "checkpoint-0000020.pt.part").write_text("")
-    names = [path.stem for path in our.checkpoints_of(tmp_path)]
-    assert names == ["checkpoint-10000000", "checkpoint-9999999", "checkpoint-0000010"]
-
-
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(saved, tmp_path, capsys):
     (tmp_path / "checkpoint-0000007.pt").write_bytes(saved[1])
     (tmp_path / "checkpoint-0000009.pt").write_bytes(saved[1][:-1000])
@@ -416,46 +279,20 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(saved, tmp_pat
     (tmp_path / "checkpoint-0000007.pt").write_bytes(b"")
     with pytest.raises(UserError, match="checkpoint-0000007.pt: damaged"):
         our.load_checkpoint(tmp_path)
-
-
-def test_a_checkpoint_from_before_a_field_was_added_loads(tmp_path, capsys):
-    values = asdict(SMALL)
-    del values["inclusive_boxes"]
-    torch.save(checkpoint_of({}, config={"model": values}), tmp_path / "model.pt")
-    checkpoint = our.load_checkpoint(tmp_path / "model.pt")
-    assert ModelConfig(**checkpoint["config"]["model"]) == SMALL
-    assert "model.pt: saved before" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no checkpoint-"):
+        our.load_checkpoint(tmp_path.parent)
 
 
 @pytest.mark.parametrize("changes, says", [
     (dict(format=2), "not a checkpoint of this version.*tools/import_weights.py"),
-    (dict(step="7"), "no usable 'step'"), (dict(categories=[]), "no usable 'categories'"),
     (dict(model=None), "no usable 'model'"),
     (dict(config={"model": asdict(SMALL) | {"warp": 1}}), r"does not know \(warp\)"),
     (dict(config={"model": asdict(SMALL) | {"num_classes": 4}}), "not name its 4 categories"),
-    (dict(config={}), "not written by this code"),
-    (dict(config={"model": 3}), "not written by this code"),
-    (dict(categories={"ids": 3, "names": ["a"]}), "not written by this code"),
-    (dict(categories={"ids": [1, 2, 3], "names": ["a"]}), "not name its 3 categories")])
+    (dict(config={}), "not written by this code")])
 def test_a_checkpoint_that_cannot_be_used_is_refused_in_a_sentence(tmp_path, changes, says):
     torch.save(checkpoint_of({}) | changes, tmp_path / "model.pt")
     with pytest.raises(UserError, match=f"model.pt: .*{says}"):
         our.load_checkpoint(tmp_path / "model.pt")
-
-
-def test_weights_that_do_not_fit_their_configuration_are_named(saved):
-    checkpoint = checkpoint_of(saved[0].state_dict(),
-                               config={"model": asdict(replace(SMALL, channels=64))})
-    with pytest.raises(UserError, match="m.pt: its weights do not fit.*size mismatch") as error:
-        our.build_model(checkpoint, "m.pt")
-    assert "\n" not in str(error.value)
-
-
-def test_a_run_without_a_checkpoint_and_a_file_that_is_absent_are_named(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint-"):
-        our.load_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="absent.pt: no such file"):
-        our.load_checkpoint(tmp_path / "absent.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -466,12 +303,11 @@ def test_a_file_that_needs_pickle_is_refused_with_the_reason(tmp_path, zipped):
         our.read_archive(tmp_path / "run.pth")
 
 
-def test_files_of_something_else_are_refused(tmp_path):
+def test_files_of_something_else_and_absent_ones_are_refused(tmp_path):
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     torch.save(torch.ones(1), tmp_path / "tensor.pth")
-    os.mkfifo(tmp_path / "fifo.pth")  # opening it would wait for ever
     for name, says in (("page", "damaged, or not a PyTorch file"), ("tensor", "holds a Tensor"),
-                       ("fifo", "no such file")):
+                       ("absent", "no such file")):
         with pytest.raises(UserError, match=f"{name}.pth: {says}"):
             our.read_archive(tmp_path / f"{name}.pth")
 
@@ -519,16 +355,9 @@ def test_backbone_weights_are_those_of_torchvision_s_classifier_or_refused(tmp_p
     torch.save(state, file)
     body = our.Backbone(SMALL, file).body.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in body.items())
-    for other in ("resnet34", "resnet50"):
-        with pytest.raises(UserError, match=f"resnet18.pth is not the weights of a {other}") as e:
-            our.Backbone(ModelConfig(backbone=other), file)
-        assert "\n" not in str(e.value) and len(str(e.value)) < 700
-
-
-def test_backbone_weights_without_names_are_refused(tmp_path):
-    torch.save({0: torch.ones(1)}, tmp_path / "numbers.pth")
-    with pytest.raises(UserError, match="numbers.pth"):
-        our.Backbone(SMALL, str(tmp_path / "numbers.pth"))
+    with pytest.raises(UserError, match="resnet18.pth is not the weights of a resnet50") as error:
+        our.Backbone(ModelConfig(), file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
 def test_without_network_imagenet_weights_say_what_to_do(monkeypatch):

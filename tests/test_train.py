@@ -2,19 +2,14 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import fields, replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,20 +17,17 @@ import torch
 import data
 import evaluate
 import train
+from conftest import FORKS, ROOT, edit, finish, link_copy, start
 from data import UserError
 from make_shapes import SHAPES, make_shapes
 from model import FCOS, ModelConfig, checkpoints_of, load_checkpoint
 from train import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
-BCCD = ROOT.parent / "shared" / "data" / "bccd"
 # SGD at a gentle rate: AdamW magnifies the rounding of sums that are taken in another order.
 TINY = ("demo --channels 8 --tower-depth 1 --frozen-stages 5 --train-short-sides 64 64 "
         "--short-side 64 --batch-size 8 --steps 12 --epochs 0 --optimizer sgd --lr 0.001 "
         "--log-every 2 --checkpoint-every 3 --eval-every 4 --precision fp32 "
         "--num-workers 0 --score-threshold 0").split()
-FORKS = multiprocessing.get_context("forkserver")  # a start takes no import of torch
-FORKS.set_forkserver_preload(["train"])
 
 
 def main(*options):
@@ -46,47 +38,6 @@ def main(*options):
         patch.setattr(train, "catch_signals", list)  # pytest's own handlers stay
         patch.setattr(train, "lock", lambda run: run.mkdir(exist_ok=True))  # lasts like the process
         train.main()
-
-
-def start(output, *options, world=1, program="train"):
-    """Programs in processes of their own, as torchrun starts them; what they print: a file."""
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-        for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1"),
-                            ("CUDA_VISIBLE_DEVICES", "")):
-            patch.setenv(name, value)  # of the server
-        processes = []
-        for rank in range(world):
-            ranks = {} if world == 1 else {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            arguments = (program, [str(option) for option in options], ranks, str(output))
-            processes.append(FORKS.Process(target=_child, args=arguments))
-            processes[-1].start()
-    return processes
-
-
-def _child(program, options, ranks, output):
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a user's
-    os.setsid()
-    os.environ.update(ranks)
-    with open(output, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [f"{program}.py", *options]
-    evaluate.run_program({"train": train, "evaluate": evaluate}[program].main)
-
-
-def finish(processes, timeout=120):
-    """The exit codes."""
-    end = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0, end - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes]
 
 
 def wait_for(condition, timeout=120):
@@ -120,19 +71,6 @@ def assert_close_runs(run, other, steps):
             assert x[name] == pytest.approx(y[name], abs=5e-5, rel=1e-4), (x["step"], name)
     a, b = load_checkpoint(run)["model"], load_checkpoint(other)["model"]
     assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
-
-
-def edit(path, change):
-    """Change a JSON file by `change(content)`."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def link_copy(source, folder):
-    """A copy of a folder that may be changed file by file."""
-    return Path(shutil.copytree(source, folder, copy_function=lambda a, b: (
-        shutil.copy(a, b) if a.endswith(("json", "jsonl")) else os.link(a, b))))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,26 +128,12 @@ def test_processes_and_microbatches_change_neither_losses_nor_weights(
     assert_close_runs(run, uninterrupted, steps=[2, 4, 6, 8, 10, 12])
 
 
-@pytest.mark.skipif(not BCCD.exists(), reason="no photographs in ../shared/data/bccd")
-def test_two_processes_agree_with_one_on_photographs(tmp_path):
-    options = [*TINY, "--skip-eval", "--data", BCCD, "--steps", 3, "--log-every", 1,
-               "--frozen-stages", 2]
-    processes = start(tmp_path / "log", *options, "--run-dir", tmp_path / "two", world=2)
-    main(*options, "--run-dir", tmp_path / "one")
-    assert finish(processes) == [0, 0], (tmp_path / "log").read_text()
-    assert_close_runs(tmp_path / "one", tmp_path / "two", steps=[1, 2, 3])
-
-
-@pytest.mark.parametrize("world, microbatch, expected", [
-    (1, 0, 1), (2, 0, 1), (1, 8, 1), (1, 9, 1), (1, 4, 2), (1, 3, 4), (2, 3, 2), (8, 1, 1)])
-def test_microbatches_are_equal_and_at_most_as_large_as_asked_for(world, microbatch, expected):
-    config = replace(PRESETS["demo"], batch_size=8, microbatch=microbatch)
-    assert train.count_microbatches(config, world) == expected
-
-
-def test_a_batch_that_processes_cannot_share_is_refused():
+def test_microbatches_are_equal_and_at_most_as_large_as_asked_for():
+    for world, microbatch, expected in ((1, 0, 1), (1, 9, 1), (1, 4, 2), (1, 3, 4), (2, 3, 2)):
+        config = replace(PRESETS["demo"], batch_size=8, microbatch=microbatch)
+        assert train.count_microbatches(config, world) == expected
     with pytest.raises(UserError, match="8 images .* 6 processes; use GPUS=2, or .*--batch-size"):
-        train.count_microbatches(replace(PRESETS["demo"], batch_size=8), 6)
+        train.count_microbatches(config, 6)
 
 
 # --- it survives --------------------------------------------------------------------------------
@@ -231,43 +155,26 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("module, function, call", [
-    (train, "save_checkpoint", 2),  # of step 4, whose line is written; step 3 waits for its line
-    (evaluate, "evaluate", 0),      # of step 4, whose checkpoint is saved
-    (evaluate, "evaluate", 2)],     # of the last step
-    ids=["before a save", "before an evaluation", "before the last evaluation"])
-def test_what_was_due_when_it_was_killed_is_made_up_for(
-        dataset, uninterrupted, tmp_path, monkeypatch, module, function, call):
-    original, calls = getattr(module, function), []
+@pytest.mark.parametrize("owner, function, calls, error, saved", [
+    (train, "save_checkpoint", 2, Killed, 3),  # its line is written; step 3 waited for its own
+    (evaluate, "evaluate", 0, Killed, 4),
+    (evaluate, "evaluate", 2, Killed, 12),
+    (data.CocoDataset, "load", 6, UserError, 5)],  # saves what was trained, unlike a kill
+    ids=["before a save", "before an evaluation", "before the last evaluation", "in loading"])
+def test_what_was_due_when_it_ended_is_made_up_for(
+        dataset, uninterrupted, tmp_path, monkeypatch, owner, function, calls, error, saved):
+    original, left = getattr(owner, function), iter(range(calls))
 
-    def killed(*args, **options):
-        calls.append(args)
-        if len(calls) > call:
-            raise Killed
+    def fails(*args, **options):
+        if next(left, None) is None:
+            raise error
         return original(*args, **options)
 
-    monkeypatch.setattr(module, function, killed)
-    with pytest.raises(Killed):
+    monkeypatch.setattr(owner, function, fails)
+    with pytest.raises(error):
         main(*TINY, "--data", dataset, "--run-dir", tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == saved
     assert metrics_of(tmp_path) != metrics_of(uninterrupted)
-    monkeypatch.undo()
-    main("--resume", "--run-dir", tmp_path)
-    assert_equal_runs(tmp_path, uninterrupted)
-
-
-def test_an_error_in_loading_saves_the_steps_before_it(
-        dataset, uninterrupted, tmp_path, monkeypatch):
-    load = data.CocoDataset.load
-
-    def fails_at_step_5(self, requests):
-        if requests[0].seed is not None and requests[0].seed[2] == 5:
-            raise UserError("cannot be decoded")
-        return load(self, requests)
-
-    monkeypatch.setattr(data.CocoDataset, "load", fails_at_step_5)
-    with pytest.raises(UserError, match="cannot be decoded"):
-        main(*TINY, "--data", dataset, "--run-dir", tmp_path)
-    assert load_checkpoint(tmp_path)["step"] == 5
     monkeypatch.undo()
     main("--resume", "--run-dir", tmp_path)
     assert_equal_runs(tmp_path, uninterrupted)
@@ -306,16 +213,6 @@ def test_torchrun_restarts_after_a_kill_and_passes_sigterm_on(dataset, tmp_path)
     assert load_checkpoint(run)["step"] > step
 
 
-def test_when_one_process_dies_the_others_end(dataset, tmp_path):
-    run = tmp_path / "run"
-    processes = start(tmp_path / "log", *TINY, "--skip-eval", "--steps", 100_000, "--data", dataset,
-                      "--run-dir", run, world=2)
-    wait_for(lambda: metrics_of(run))
-    processes[1].kill()
-    assert finish(processes, timeout=30) == [1, -signal.SIGKILL]
-    assert load_checkpoint(run)["step"] >= metrics_of(run)[-1]["step"]
-
-
 def test_a_loss_that_is_not_finite_stops_all_processes_and_keeps_the_checkpoint(dataset, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     codes = finish(start(log, *TINY, "--skip-eval", "--lr", "1e20", "--grad-clip", 0, "--box-unit",
@@ -335,35 +232,17 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
     assert load_checkpoint(tmp_path)["step"] == 0 and not (tmp_path / "best.pt").exists()
 
 
-OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory."),
-                 RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
 @pytest.mark.parametrize("batch_size, remedy", [(8, "--microbatch 4"), (1, "--channels")])
 def test_out_of_memory_is_one_sentence_with_what_to_lower(
-        dataset, tmp_path, monkeypatch, error, batch_size, remedy):
+        dataset, tmp_path, monkeypatch, batch_size, remedy):
     def too_large(*args):
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(FCOS, "forward", too_large)
     with pytest.raises(UserError, match=rf"^step 0 .* memory of cpu: {batch_size} images on 64 x "
                                         rf"64 pixels, up to \d boxes.*; lower {remedy} or --train"):
         main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--batch-size", batch_size)
     assert load_checkpoint(tmp_path)["step"] == 0
-
-
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_used(
-        uninterrupted, tmp_path, capsys):
-    run = link_copy(uninterrupted, tmp_path / "run")
-    newest, before = checkpoints_of(run)
-    half = newest.read_bytes()[:newest.stat().st_size // 2]
-    newest.unlink()
-    newest.write_bytes(half)
-    main("--resume", "--run-dir", run)
-    printed = capsys.readouterr()
-    assert f"{newest}: damaged" in printed.err and "going on from step 9" in printed.out
-    assert_equal_runs(run, uninterrupted)
 
 
 def test_checkpoints_under_other_names_are_the_users(tmp_path):
@@ -380,30 +259,10 @@ def test_checkpoints_under_other_names_are_the_users(tmp_path):
     assert all((tmp_path / name).read_text() == "kept" for name in users)
 
 
-def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    def no_space(*args):
-        raise OSError(28, "No space left on device")
-
-    train.save_checkpoint(tmp_path, {"step": 1})
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(UserError, match="checkpoint-0000002.pt: .*No space left on device"):
-        train.save_checkpoint(tmp_path, {"step": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000001.pt"]
-
-
 def test_torn_and_foreign_lines_of_metrics_are_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1}\nnoise\n[1]\n7\n\xff\n{"a": 1}\n{"step": "2"}\n\n{"step": 2}\n{"step": 3, "l')
     assert train.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-
-
-def test_a_metrics_line_that_cannot_be_written_is_a_warning(tmp_path, capsys):
-    run = SimpleNamespace(folder=tmp_path, device=torch.device("cpu"))
-    progress = train.Progress(run, None)
-    (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "metrics.jsonl").mkdir()
-    progress.write({"step": 1})
-    assert "warning" in capsys.readouterr().out
 
 
 def test_a_second_training_in_the_same_folder_is_refused(dataset, tmp_path):
@@ -461,7 +320,6 @@ def test_a_finished_run_says_so_and_another_never_overwrites_it(
 
 @pytest.mark.parametrize("options, words", [
     (["--lr", "0.1"], "keeps the configuration of .*; leave out --lr, or .*--init-from"),
-    (["fcos_R_50_FPN_1x"], "leave out fcos_R_50_FPN_1x"),
     (["demo", "--short-side", "64"], "leave out --short-side, demo")])
 def test_resume_refuses_another_configuration(uninterrupted, options, words):
     with pytest.raises(UserError, match=words):
@@ -482,14 +340,9 @@ def renamed(content):
     content["categories"][1]["name"] = "oval"
 
 
-def added(content):
-    content["categories"].append({"id": 4, "name": "star"})
-
-
 @pytest.mark.parametrize("change, words", [
     (other_boxes, "not the data that .* was trained on so far; .*--init-from"),
-    (renamed, "categories are not those of .*; only here: 2 'oval'; only there: 2 'ellipse'"),
-    (added, "categories are not those of .*; only here: 4 'star'; only there: none")])
+    (renamed, "categories are not those of .*; only here: 2 'oval'; only there: 2 'ellipse'")])
 def test_resume_refuses_changed_data_and_categories(
         dataset, uninterrupted, tmp_path, change, words):
     root = link_copy(dataset, tmp_path / "data")
@@ -504,19 +357,12 @@ def names_exchanged(checkpoint):
     names[0], names[-1] = names[-1], names[0]
 
 
-def other_shapes(checkpoint):
-    state = checkpoint["optimizer"]["state"][0]
-    state["momentum_buffer"] = state["momentum_buffer"][..., :1].clone()
-
-
 @pytest.mark.parametrize("change, words", [
     (names_exchanged, "its optimizer state is not of these parameters; .*--init-from"),
-    (other_shapes, "its optimizer state is not of these parameters; .*--init-from"),
+    (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1)),
+     "its optimizer state is not of these parameters; .*--init-from"),
     (lambda c: c.pop("optimizer"), "its optimizer state is not of these parameters"),
-    (lambda c: c.update(optimizer=None), "its optimizer state is not of these parameters"),
-    (lambda c: c["optimizer"].update(param_groups=[]), "its optimizer state is not of these param"),
     (lambda c: c["model"].pop("scales"), "its weights are not this model's; .*scales"),
-    (lambda c: c.pop("data_hash"), "not the data that .* was trained on so far"),
     (lambda c: c["config"].update(momentum=0.5), "fields this code does not know .momentum.; use"),
     (lambda c: c["config"].update(lr="x"), "--lr 'x': must be of the type of 0.01")])
 def test_a_checkpoint_that_cannot_be_gone_on_from_says_why(uninterrupted, finished, change, words):
@@ -538,14 +384,6 @@ def test_optimizer_state_follows_the_names_of_parameters(uninterrupted, tmp_path
         saved["state"].update(zip(group["params"], reversed(states)))
     resume(checkpoint, run)
     assert_equal_runs(run, uninterrupted)
-
-
-def test_a_field_that_an_older_checkpoint_lacks_takes_its_default_with_a_notice(
-        uninterrupted, finished, capsys):
-    checkpoint = copy.deepcopy(finished)
-    del checkpoint["config"]["weight_decay"]
-    resume(checkpoint, uninterrupted)
-    assert "take their defaults: weight_decay = 0.0001\n" in capsys.readouterr().out
 
 
 def test_init_from_takes_the_weights_and_the_outputs_of_classes_of_equal_names(
@@ -571,47 +409,15 @@ def test_init_from_starts_another_run_of_the_same_architecture(dataset, uninterr
 
 # --- configuration ------------------------------------------------------------------------------
 
-def differences(name, other):
-    """The fields in which one preset differs from another."""
-    found = {}
-    for a, b in ((PRESETS[name], PRESETS[other]), (PRESETS[name].model, PRESETS[other].model)):
-        found |= {f.name: getattr(b, f.name) for f in fields(a)
-                  if f.name != "model" and getattr(a, f.name) != getattr(b, f.name)}
-    return found
-
-
-def test_presets_differ_by_what_their_names_say():
-    base, r101 = "fcos_R_50_FPN_1x", "fcos_R_101_FPN_2x"
-    two_x = {"backbone": "resnet101", "steps": 180_000, "train_short_sides": (640, 800)}
-    improved = {"centerness_on_box_tower": True, "box_unit": "stride", "sqrt_score": True}
-    giou = {"center_radius": 1.5, "box_loss": "giou"}
-    assert differences(base, base + "_center") == {"center_radius": 1.5}
-    assert differences(base + "_center", base + "_center_liou") == {"box_loss": "linear_iou"}
-    assert differences(base, base + "_center_giou") == giou
-    assert differences(base, r101) == two_x
-    assert differences(r101, r101 + "_center_giou") == giou
-    assert differences(base, "fcos_imprv_R_50_FPN_1x") == giou | improved
-    assert differences("fcos_imprv_R_50_FPN_1x", "fcos_imprv_R_101_FPN_2x") == two_x
-
-
-@pytest.mark.parametrize("preset, rates", [
-    ("fcos_R_50_FPN_1x", {0: 0.01 / 3, 499: 0.01 / 3, 500: 0.01, 59_999: 0.01, 60_000: 1e-3,
-                          79_999: 1e-3, 80_000: 1e-4, 89_999: 1e-4}),
-    ("fcos_R_101_FPN_2x", {500: 0.01, 119_999: 0.01, 120_000: 1e-3, 159_999: 1e-3, 160_000: 1e-4})])
-def test_the_learning_rate_is_the_papers(preset, rates):
+@pytest.mark.parametrize("config, rates", [
+    (PRESETS["fcos_R_50_FPN_1x"], {0: 0.01 / 3, 499: 0.01 / 3, 500: 0.01, 59_999: 0.01,
+                                   60_000: 1e-3, 79_999: 1e-3, 80_000: 1e-4, 89_999: 1e-4}),
+    (replace(PRESETS["fcos_R_50_FPN_1x"], steps=90), {8: 0.01 / 3, 9: 0.01}),
+    (replace(PRESETS["demo"], lr=1.0, steps=1000, warmup_steps=0), {0: 1, 500: 0.5, 1000: 0})],
+    ids=["the paper's", "warm-up is a tenth at most", "cosine"])
+def test_the_learning_rate_follows_its_schedule(config, rates):
     for step, lr in rates.items():
-        assert train.lr_at(step, PRESETS[preset]) == pytest.approx(lr)
-
-
-def test_warm_up_takes_a_tenth_of_a_short_run_at_most():
-    config = replace(PRESETS["fcos_R_50_FPN_1x"], steps=90)
-    assert [train.lr_at(step, config) for step in (8, 9)] == [0.01 / 3, 0.01]
-
-
-def test_the_cosine_schedule_falls_from_the_rate_to_nothing():
-    config = replace(PRESETS["demo"], steps=1000, warmup_steps=0)
-    assert [train.lr_at(step, config) / config.lr for step in (0, 500, 1000)] == pytest.approx(
-        [1, 0.5, 0])
+        assert train.lr_at(step, config) == pytest.approx(lr)
 
 
 def test_biases_learn_twice_as_fast_and_do_not_decay():
@@ -636,44 +442,22 @@ def test_every_field_is_an_option_and_its_comment_the_help(capsys, monkeypatch):
             assert re.search(help_text, text, re.M), option
     assert re.search(r"--canvas-sides N +how many .* may occur; fewer: fewer recompilations, more "
                      r"padding; 0: any \(default: 4\)", text)
-    assert "sgd has momentum 0.9 (default: sgd)" in text and "after 2/3 and 8/9" in text
 
 
 def test_options_change_the_preset():
-    args = train.parse_arguments("fcos_R_50_FPN_1x --batch-size 8 --lr 0.005 --nms-iou 0.5 "
+    args = train.parse_arguments("fcos_R_50_FPN_1x --batch-size 8 --epochs 0.5 --nms-iou 0.5 "
                                  "--train-short-sides 640 800 --no-enlarge".split())
-    assert args.config == train.TrainConfig(batch_size=8, lr=0.005, train_short_sides=(640, 800),
+    assert args.config == train.TrainConfig(batch_size=8, epochs=0.5, train_short_sides=(640, 800),
                                             model=ModelConfig(nms_iou=0.5, enlarge=False))
 
 
-def test_an_epoch_may_be_a_fraction():
-    assert train.parse_arguments(["demo", "--epochs", "0.5"]).config.epochs == 0.5
-
-
-NONSENSE = [f"--{f.name.replace('_', '-')}={value}"
-            for owner in (train.TrainConfig, ModelConfig) for f in fields(owner)
-            for value in {int: ("-1", 10**20), float: ("-1", "nan", "inf")}.get(f.type, ())
-            if f.name != "num_classes"]
-
-
 @pytest.mark.parametrize("option", [
-    *NONSENSE, "--batch-size 0", "--steps 0", "--lr 0", "--train-short-sides 0 64", "--flip 2",
-    "--train-short-sides 800 640", "--log-every 0", "--checkpoint-every 0", "--frozen-stages 6",
-    "--channels 20", "--channels 0", "--location-offset 7", "--pixel-std 0 1 1", "--nms-iou 2",
-    "--pixel-mean nan 1 1", "--short-side 0", "--long-side 0", "--score-threshold 2",
-    "--candidates-per-level 0", "--max-detections 0"])
+    "--batch-size 0", "--steps 100000000000000000000", "--lr nan", "--flip 2", "--epochs=-1",
+    "--train-short-sides 0 64", "--train-short-sides 800 640", "--channels 20"])
 def test_a_value_that_cannot_be_meant_is_refused_in_a_sentence(option):
     name = re.match("--[a-z0-9-]+", option)[0]
     with pytest.raises(UserError, match=f"^{name} .*: (must be (at least|a mult)|smaller one)"):
         train.parse_arguments(["fcos_R_50_FPN_1x", *option.split()])
-
-
-@pytest.mark.parametrize("field, value", [
-    ("lr", "0.1"), ("batch_size", 8.0), ("batch_size", True), ("data", None), ("model", {}),
-    ("train_short_sides", (64,)), ("train_short_sides", [64, 64]), ("box_loss", "nonsense")])
-def test_a_value_of_another_type_is_refused(field, value):
-    with pytest.raises(UserError, match=f"^--{field.replace('_', '-')} .*: must be (of|one of) "):
-        replace(PRESETS["demo"], **{field: value})
 
 
 @pytest.mark.parametrize("options, sentence", [
@@ -681,36 +465,19 @@ def test_a_value_of_another_type_is_refused(field, value):
     (["fcos_R_50_FPN_1x_center_gio"], "invalid choice: 'fcos_R_50_FPN_1x_center_gio'"),
     (["demo", "--data", "nowhere"], "nowhere: no annotations/instances_<split>.json"),
     (["--resume"], "run: no such run; name one with RUN="),
-    (["demo", "--init-from", "nothing.pt", "--data", "."], "nothing.pt: no such file"),
-    (["demo", "--box-loss", "nonsense"], "invalid choice: 'nonsense'"),
-    (["--resume", "--init-from", "run"], "argument --init-from: not allowed with argument --res"),
-    (["demo", "--batch-size", "many"], "invalid int value: 'many'")])
+    (["demo", "--init-from", "nothing.pt", "--data", "."], "nothing.pt: no such file")])
 def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path, capsys):
     with pytest.raises((UserError, SystemExit)) as raised:
         main(*options, "--run-dir", tmp_path / "run")
     assert sentence in f"{raised.value} {capsys.readouterr().err}"
 
 
-def test_an_empty_run_folder_is_refused():
-    with pytest.raises(UserError, match="--run-dir is empty"):
-        main("demo", "--run-dir", "")
-
-
-def test_a_run_folder_that_is_a_file_is_refused_and_left(tmp_path):
-    (tmp_path / "run").write_text("kept")
-    with pytest.raises(UserError, match=r"run: cannot be a folder .*RUN=... \(--run-dir\)"):
-        train.lock(tmp_path / "run")
-    assert (tmp_path / "run").read_text() == "kept"
-
-
-def test_a_training_in_which_no_location_learns_is_refused(dataset, tmp_path):
+def test_boxes_without_a_location_are_counted_and_if_all_are_training_is_refused(
+        dataset, tmp_path, capsys):
+    main(*TINY, "--data", dataset, "--run-dir", tmp_path / "run", "--steps", 1, "--skip-eval")
+    assert re.search(r"3\d of \d\d boxes get no location", capsys.readouterr().out)
     with pytest.raises(UserError, match="no location learns any box.*--center-radius"):
         main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--center-radius", "0.01")
-
-
-def test_boxes_without_a_location_are_counted(dataset, tmp_path, capsys):
-    main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--skip-eval")
-    assert re.search(r"3\d of \d\d boxes get no location", capsys.readouterr().out)
 
 
 def test_other_categories_in_the_val_split_stop_before_training(dataset, tmp_path):

@@ -62,8 +62,7 @@ def read_state_dict(path) -> dict[str, Tensor]:
     """The state dict in a file, alone or under "model"."""
     loaded = read_archive(path)
     state = loaded.get("model", loaded)
-    if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors), neither alone nor under "
                         '"model"; save the weights alone: torch.save(model.state_dict(), NEW)')
     return state
@@ -79,38 +78,36 @@ def convert(weights: dict[str, Tensor], form: str, source) -> tuple[ModelConfig,
             state[name] = value.float()
     if form == "torchvision":
         state["scales"] = torch.ones(5)
-    else:
-        if scales := [state.pop(name) for name in sorted(state) if name.startswith("scales.")]:
-            state["scales"] = torch.cat([scale.flatten() for scale in scales])
-        stem = state.get("backbone.body.conv1.weight")
-        if stem is not None and stem.ndim == 4:
-            state["backbone.body.conv1.weight"] = stem.flip(1)  # BGR -> RGB
+    elif scales := [state.pop(name) for name in sorted(state) if name.startswith("scales.")]:
+        state["scales"] = torch.cat([scale.flatten() for scale in scales])
+    config = fitting_config(state, form, source)
+    if form != "torchvision":
+        state["backbone.body.conv1.weight"] = state["backbone.body.conv1.weight"].flip(1)  # of BGR
         for name in [name for name in state if name.endswith(".running_var")]:
             remove_eps(state, name.removesuffix("running_var"))
+    return config, state
 
+
+def fitting_config(state: dict[str, Tensor], form: str, source) -> ModelConfig:
+    """The config with the backbone that has the names and shapes of `state`."""
     classes = state.get("head.cls_logits.bias", torch.empty(1)).numel()
     config = ModelConfig(num_classes=max(1, classes), **FORMS[form])
-    found, differ = shapes(state), {}
+    found, differ = {(name, *value.shape) for name, value in state.items()}, {}
     for backbone in BACKBONES:
         # The ResNeXts of maskrcnn-benchmark downsample in their 3x3 convolution.
         in_1x1 = config.stride_in_1x1 and not backbone.startswith("resnext")
         fitting = replace(config, backbone=backbone, stride_in_1x1=in_1x1)
         with torch.device("meta"):
-            expected = shapes(FCOS(fitting).state_dict())
-        differ[backbone] = [
-            f"{name} (expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')})"
-            for name in sorted(expected.keys() | found.keys())
-            if expected.get(name) != found.get(name)]
-        if not differ[backbone]:
-            return fitting, state
+            expected = {(name, *x.shape) for name, x in FCOS(fitting).state_dict().items()}
+        if found == expected:
+            return fitting
+        differ[backbone] = expected ^ found
     nearest = min(differ, key=lambda backbone: len(differ[backbone]))
+    examples = [f"{name} {shape} is {'unexpected' if (name, *shape) in found else 'missing'}"
+                for name, *shape in sorted(differ[nearest])[:3]]
     raise UserError(f"{source}: not a detector of the form {form}, see --form; with {nearest}, the "
                     f"nearest backbone, {len(differ[nearest])} names or shapes differ: "
-                    f"{', '.join(differ[nearest][:3])}")
-
-
-def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
-    return {name: tuple(value.shape) for name, value in state.items()}
+                    f"{', '.join(examples)}")
 
 
 def remove_eps(state: dict[str, Tensor], norm: str, eps=1e-5):
@@ -118,9 +115,8 @@ def remove_eps(state: dict[str, Tensor], norm: str, eps=1e-5):
 
     Multiplying the weight by the ratio is exact to float32 rounding, however small var is.
     """
-    weight, var = state.get(f"{norm}weight"), state[f"{norm}running_var"].double()
-    if weight is not None and weight.shape == var.shape:  # `convert` refuses it otherwise
-        state[f"{norm}weight"] = (weight * ((var + eps) / var).sqrt()).float()
+    var = state[f"{norm}running_var"].double()
+    state[f"{norm}weight"] = (state[f"{norm}weight"] * ((var + eps) / var).sqrt()).float()
 
 
 def read_categories(path) -> dict[int, str]:
@@ -141,24 +137,23 @@ def import_weights(weights: dict[str, Tensor], form: str, source, categories_fil
     """
     config, state = convert(weights, form, source)
     C, row_is_id = config.num_classes, form == "torchvision"
+    first = 0 if row_is_id else 1
+    names = {i: f"class {i}" for i in range(first, first + C)}
     if categories_file:
         names = read_categories(categories_file)
     elif C == (91 if row_is_id else 80):
         names = COCO_CLASSES
-    else:
-        first = 0 if row_is_id else 1
-        names = {i: f"class {i}" for i in range(first, first + C)}
     ids = sorted(names)
+    rows = ids if row_is_id else [list(names).index(i) for i in ids]
     fits = ids and 0 <= ids[0] <= ids[-1] < C if row_is_id else len(ids) == C
     if not fits:
         raise UserError(f"{categories_file}: its {len(ids)} categories do not fit the {C} class "
                         f"rows of {source}; name the annotations that it was trained on")
-    rows = ids if row_is_id else [list(names).index(i) for i in ids]
     for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
         state[name] = state[name][rows]
-    model = asdict(replace(config, num_classes=len(ids)))
     return {"format": CHECKPOINT_FORMAT, "step": 0, "model": state,
-            "config": {"model": model, "data": "", "val_split": ""},
+            "config": {"model": asdict(replace(config, num_classes=len(ids))),
+                       "data": "", "val_split": ""},
             "categories": {"ids": ids, "names": [names[i] for i in ids]}}
 
 
@@ -166,20 +161,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE", help='weights, or "torchvision": downloads its own')
-    parser.add_argument("--form", choices=FORMS, help="where the weights come from")
+    parser.add_argument("--form", choices=FORMS, default="torchvision",
+                        help="where the weights come from (default: torchvision)")
     parser.add_argument("--out", metavar="FILE", required=True, help="checkpoint to write")
     parser.add_argument("--categories", metavar="FILE", help="annotations that name the classes")
     args = parser.parse_args(argv)
-    source = args.file
-    if source == "torchvision":
-        args.form, source = "torchvision", PUBLISHED.url
-        weights = download(PUBLISHED, f"run: python tools/import_weights.py {Path(source).name} "
-                                      f"--form torchvision --out {args.out}")
-    elif not args.form:
-        parser.error("--form is required with a file")
+    if args.file == "torchvision":
+        weights = download(PUBLISHED, "run: python tools/import_weights.py "
+                           f"{Path(PUBLISHED.url).name} --form torchvision --out {args.out}")
     else:
-        weights = read_state_dict(source)
-    checkpoint = import_weights(weights, args.form, source, args.categories)
+        weights = read_state_dict(args.file)
+    checkpoint = import_weights(weights, args.form, args.file, args.categories)
     atomic_write(args.out, lambda file: torch.save(checkpoint, file))
     names = checkpoint["categories"]["names"]
     print(f"{args.out}: {checkpoint['config']['model']['backbone']}, {len(names)} classes: "

@@ -19,8 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from torchvision.transforms.v2.functional import to_pil_image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pad, pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
@@ -33,14 +36,26 @@ from model import atomic_write, load_checkpoint  # noqa: E402
 
 COLORS = ("crimson", "royalblue", "forestgreen", "darkorange", "purple", "saddlebrown", "teal",
           "deeppink", "black", "olive")
-VERDICTS = {"right": "#117733", "wrong": "#cc2222", "missed": "#1144cc"}
 THRESHOLD = 0.3  # final score from which a detection is judged
 
 
-def save(image, path: Path):
+def save(image: Image.Image, path: Path):
     evaluate.make_folder(path.parent, "--out")
     atomic_write(path, lambda file: image.save(file, "png"))
     print(path)
+
+
+def save_grid(tiles: list[tuple[str, Tensor]], columns, path: Path):
+    """Save images (3, h, w) uint8 in a grid, each below its caption."""
+    font, captioned = ImageFont.load_default(14), []
+    height, width = (max(image.shape[side] for _, image in tiles) for side in (1, 2))
+    width = max(width, *(round(font.getlength(caption)) + 1 for caption, _ in tiles))
+    for caption, image in tiles:
+        _, h, w = image.shape
+        tile = to_pil_image(pad(image, [0, 24, width - w, height - h], fill=255))
+        ImageDraw.Draw(tile).text((0, 16), caption, "black", font, "ls")
+        captioned.append(pil_to_tensor(tile))
+    save(to_pil_image(make_grid(captioned, columns, padding=6, pad_value=255)), path)
 
 
 # --- charts -------------------------------------------------------------------------------------
@@ -65,21 +80,22 @@ def ticks(values) -> dict[float, str]:
 
 
 def chart(panels: list[Panel], columns=3) -> Image.Image:
-    """Panels in a grid, each under its legend. Drawn at twice the size and reduced: smooth lines.
+    """Panels in a grid, each with a legend. Drawn at twice the size and reduced: smooth lines.
 
     The first curve of a panel is wider, so that another that coincides with it is seen too.
     """
-    font, line = ImageFont.load_default(26), 36
-    width = max(640, *(round(font.getlength(name)) for panel in panels for name in panel.curves))
-    legends = [flow(panel.curves, font, width) for panel in panels]
-    top = line * (3 + max(row for legend in legends for _, row in legend))
-    cell_width, cell_height, rows = width + 160, top + 520, -(-len(panels) // columns)
-    size = (cell_width * min(columns, len(panels)), cell_height * rows)
-    picture = Image.new("RGB", size, "white")
+    font, line, width, height = ImageFont.load_default(26), 36, 640, 400
+    longest = max(font.getlength(name) for panel in panels for name in panel.curves)
+    most = max(len(panel.curves) for panel in panels)
+    cell_width, cell_height = width + 160 + round(longest), max(height, line * most) + 180
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    picture = Image.new("RGB", (cell_width * columns, cell_height * rows), "white")
     pen = ImageDraw.Draw(picture)
-    for n, (panel, legend) in enumerate(zip(panels, legends)):
-        left, above = n % columns * cell_width + 110, n // columns * cell_height
-        right, upper, lower = left + width, above + top, above + top + 400
+    for n, panel in enumerate(panels):
+        row, column = divmod(n, columns)
+        left, upper = column * cell_width + 110, row * cell_height + 60
+        right, lower = left + width, upper + height
         x, y = (np.concatenate(values) for values in zip(*panel.curves.values()))
         x_ticks, y_ticks = panel.x_ticks or ticks(x), panel.y_ticks or ticks(y)
 
@@ -87,7 +103,7 @@ def chart(panels: list[Panel], columns=3) -> Image.Image:
             return (np.interp(x, [min(x_ticks), max(x_ticks)], [left, right]),
                     np.interp(y, [min(y_ticks), max(y_ticks)], [lower, upper]))
 
-        pen.text((left, above + line), panel.title, "black", font, "ls")
+        pen.text((left, upper - 24), panel.title, "black", font, "ls")
         pen.text(((left + right) / 2, lower + 82), panel.x_name, "black", font, "ms")
         for tick, label in x_ticks.items():
             x, _ = place(tick, 0)
@@ -97,9 +113,9 @@ def chart(panels: list[Panel], columns=3) -> Image.Image:
             _, y = place(0, tick)
             pen.line([(left, y), (right, y)], "gainsboro", 2)
             pen.text((left - 12, y), label, "black", font, "rm")
-        for k, ((name, curve), (x, row)) in enumerate(zip(panel.curves.items(), legend)):
+        for k, (name, curve) in enumerate(panel.curves.items()):
             color, points = COLORS[k % len(COLORS)], list(zip(*place(*curve)))
-            pen.text((left + x, above + line * (row + 2)), name, color, font, "ls")
+            pen.text((right + 24, upper + line * (k + 0.5)), name, color, font, "lm")
             if points:
                 wide = 10 if k == 0 and len(panel.curves) > 1 else 4
                 pen.line(points, color, wide, joint="curve")
@@ -107,89 +123,69 @@ def chart(panels: list[Panel], columns=3) -> Image.Image:
     return picture.reduce(2)
 
 
-def flow(names, font, width) -> list[tuple[float, int]]:
-    """Where the names of a legend go, like words in a paragraph: (x, row)."""
-    places, x, row = [], 0.0, 0
-    for length in map(font.getlength, names):
-        if x and x + length > width:
-            x, row = 0.0, row + 1
-        places.append((x, row))
-        x += length + 36
-    return places
-
-
 # --- targets ------------------------------------------------------------------------------------
 
 def draw_targets(args):
     image, boxes = read_image(args.data, args.image) if args.data else example()
-    locations, labels = make_locations(image.height, image.width), torch.arange(len(boxes))
-    columns = {title: assign_targets(locations, [boxes], [labels], radius)
-               for title, radius in (("whole box", None), ("center sampling 1.5", 1.5))}
-    print("positive locations       " + "".join(f"{title:<30}" for title in columns))
+    locations, labels = make_locations(*image.shape[1:]), torch.arange(len(boxes))
+    variants = {title: assign_targets(locations, [boxes], [labels], radius)
+                for title, radius in (("whole box", None), ("center sampling 1.5", 1.5))}
+    print("positive locations       " + "".join(f"{title:<30}" for title in variants))
     print("box                  " + 2 * "    P3    P4    P5    P6    P7")
     for g, (w, h) in enumerate((boxes[:, 2:] - boxes[:, :2]).tolist()):
         counts = [((t.labels[0] == g) & (locations.stride == s)).sum()
-                  for t in columns.values() for s in STRIDES]
+                  for t in variants.values() for s in STRIDES]
         print(f"{COLORS[g % len(COLORS)]:<12}{f'{w:.0f} x {h:.0f}':<9}"
               + "".join(f"{count:6}" for count in counts))
-    save(target_grid(image, boxes, locations, columns), args.out)
+    tiles, learns = [], torch.stack([t.labels[0] >= 0 for t in variants.values()]).any(dim=0)
+    for level, first in zip(locations.levels, locations.first.tolist()):
+        here = slice(first, first + level.height * level.width)
+        if learns.any() and not learns[here].any():
+            continue
+        smallest, largest = locations.size_range[first].clamp(min=0).tolist()
+        for title, targets in variants.items():
+            title = f"stride {level.stride}, max(l, t, r, b) {smallest:g} .. {largest:g}: {title}"
+            labels, centerness = (x[0, here].view(level.height, level.width)
+                                  for x in (targets.labels, targets.centerness))
+            tiles.append((title, level_picture(image, boxes, level.stride, labels, centerness)))
+    save_grid(tiles, len(variants), args.out)
+
+
+def level_picture(image, boxes, stride, labels, centerness, width=480) -> Tensor:
+    """The positive locations of a level: cells in the color of their box, as opaque as central.
+
+    image (3, h, w) uint8, boxes (G, 4), labels and centerness (H, W) -> (3, h', width) uint8
+    """
+    _, h, w = image.shape
+    colors = torch.tensor([ImageColor.getrgb(color) for color in COLORS])[labels % len(COLORS)]
+    opacity = torch.where(labels >= 0, 0.15 + 0.85 * centerness, 0)[..., None]          # (H, W, 1)
+    cells = torch.cat([colors, opacity], dim=2).permute(2, 0, 1)                        # (4, H, W)
+    cells = F.interpolate(cells[None], scale_factor=stride)[0, :, :h, :w]               # (4, h, w)
+    pale = 255 - 0.4 * (255 - image)
+    image = (cells[3] * cells[:3] + (1 - cells[3]) * pale).to(torch.uint8)
+    image = data.resize(image, (max(1, round(width * h / w)), width))
+    return draw_bounding_boxes(image, boxes * (width / w), width=2, colors=[
+        COLORS[g % len(COLORS)] for g in range(len(boxes))])
 
 
 def example():
-    """Four ellipses and their boxes (4, 4)."""
+    """Four ellipses (3, h, w) and their boxes (4, 4)."""
     boxes = [(24, 24, 404, 276), (224, 64, 424, 244), (496, 84, 584, 168), (544, 124, 592, 172)]
     image = Image.new("RGB", (640, 288), "#d8d8d8")
     for box, gray in zip(boxes, ("#a8a8a8", "#787878", "#787878", "#484848")):
         ImageDraw.Draw(image).ellipse(box, gray)
-    return image, torch.tensor(boxes).float()
+    return pil_to_tensor(image), torch.tensor(boxes).float()
 
 
 def read_image(root, image_id: int | None):
     """An image of the train or else the val split, and its boxes (G, 4); None: the first one."""
     for kind in ("train", "val"):
-        json_file, folder = data.find_split(root, kind)
-        dataset = data.CocoDataset(data.read_annotations(json_file), folder)
-        found = (dataset.with_boxes() if image_id is None else
-                 np.flatnonzero(dataset.annotations.image_ids == image_id))
-        if len(found):
-            boxes, _ = dataset.targets(found[0])
-            return to_pil_image(dataset.image(found[0])), torch.from_numpy(boxes)
-    wanted = "an image with boxes" if image_id is None else f"image {image_id}"
-    raise UserError(f"{root}: {wanted} is in neither the train nor the val split; name another "
-                    "with --image or --data")
-
-
-def target_grid(image, boxes, locations, columns):
-    """A row for each level that learns, a column for each of the targets; labels number the boxes.
-
-    A positive location is drawn as its cell in the color of its box, as opaque as it is central.
-    """
-    width, head, gap = 480, 30, 12
-    scale, height = width / image.width, round(width * image.height / image.width)
-    pale = Image.blend(image.resize((width, height)), Image.new("RGB", (width, height), "white"),
-                       0.6)
-    learns = torch.stack([targets.labels[0] >= 0 for targets in columns.values()]).any(0)  # (L,)
-    strides = locations.stride[learns].unique().int().tolist() or STRIDES
-    picture = Image.new("RGB", (len(columns) * (width + gap) - gap,
-                                len(strides) * (height + head)), "white")
-    for row, stride in enumerate(strides):
-        smallest, largest = locations.size_range[locations.stride == stride][0].clamp(min=0)
-        for column, (title, targets) in enumerate(columns.items()):
-            panel, here = pale.copy(), (locations.stride == stride) & (targets.labels[0] >= 0)
-            pen = ImageDraw.Draw(panel, "RGBA")
-            corner, side = (locations.xy[here] - stride / 2) * scale, max(0, stride * scale - 2)
-            for (x, y), g, centerness in zip(corner.tolist(), targets.labels[0, here].tolist(),
-                                             targets.centerness[0, here].tolist()):
-                color = ImageColor.getrgb(COLORS[g % len(COLORS)])
-                pen.rectangle((x, y, x + side, y + side), (*color, round(40 + 215 * centerness)))
-            for g, box in enumerate((boxes * scale).tolist()):
-                pen.rectangle(box, outline=COLORS[g % len(COLORS)], width=2)
-            left, top = column * (width + gap), row * (height + head) + head - 4
-            picture.paste(panel, (left, top))
-            title = f"stride {stride}, max(l, t, r, b) {smallest:.0f} .. {largest:.0f}: {title}"
-            ImageDraw.Draw(picture).text((left, top - 7), title, "black",
-                                         ImageFont.load_default(16), "ls")
-    return picture
+        dataset = data.open_split(root, kind)
+        for i in dataset.with_boxes().tolist():
+            if image_id in (None, dataset.annotations.image_ids[i]):
+                return dataset.image(i), torch.from_numpy(dataset.targets(i)[0])
+    raise UserError(f"{root}: image {image_id} is in neither the train nor the val split, or has "
+                    "no boxes; name another with --image")
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -198,20 +194,6 @@ def draw_losses(args):
     target = torch.tensor([[20.0, 20, 20, 20]])
     box = {kind: lambda pred, kind=kind: box_loss(pred, target, kind)
            for kind in ("linear_iou", "giou", "iou")}
-    print("target ltrb (20, 20, 20, 20); where d loss < 0, the side should be farther away")
-    for name, *ltrb in (("too small", 10, 10, 10, 10), ("too large", 40, 40, 40, 40),
-                        ("wide and flat", 40, 10, 40, 10), ("shifted", 10, 10, 30, 30),
-                        ("shifted to the end", 0, 0, 40, 40), ("exact", 20, 20, 20, 20)):
-        pred = torch.tensor([ltrb]).float()                                              # (1, 4)
-        iou, giou = (1 - box[kind](pred).item() for kind in ("linear_iou", "giou"))
-        print(f"\n{name} {ltrb}: IoU {iou:.3f}, GIoU {giou:.3f}")
-        for kind, loss in box.items():
-            value, gradient = with_gradient(loss, pred)
-            numbers = [round(v, 4) + 0.0 for v in (*value.tolist(), *gradient[0].tolist())]  # no -0
-            print("  {:<10} {:8.4f}    d loss / d ltrb {:8.4f} {:8.4f} {:8.4f} {:8.4f}".format(
-                kind, *numbers))
-    print()
-
     u = (torch.arange(128) + 0.5) / 128  # (128,) in 0 .. 1: no sample lies on a kink
     shift = 20 * u[:, None] * torch.tensor([-1, -1, 1, 1])
     focal = {f"gamma {gamma}": lambda logits, gamma=gamma: torch.stack(
@@ -264,24 +246,23 @@ def draw_evaluation(args):
     checkpoint = load_checkpoint(args.run)
     folder = (args.run if args.run.is_dir() else args.run.parent) / "eval"
     trained = checkpoint["config"]
-    root = args.data or trained.get("data")
-    if not root:
-        raise UserError(f"{args.run}: does not say which data it was evaluated on; name it with "
-                        "--data")
-    dataset = data.open_split(root, "val", args.val_split or trained.get("val_split", ""))
+    dataset = data.open_split(args.data or trained["data"], "val",
+                              args.val_split or trained["val_split"])
     a = dataset.annotations
     evaluate.check_categories(a, **checkpoint["categories"], owner=str(args.run))
     results = read_results(folder / "results.json", a)
     evaluation = evaluate.coco_evaluation(a, results)
-    pictures = {"precision_recall": precision_recall(evaluation, a.category_names)}
-    for name, images in choose(judge(evaluation, a, results), results).items():
-        pictures[name] = mosaic(dataset, results, images) if images else None
-    for name, picture in pictures.items():
-        if picture:
-            save(picture, folder / f"{name}.png")
+    names = [ascii(name)[1:-1] for name in a.category_names]  # the fonts have no other letters
+    save(precision_recall(evaluation, names), folder / "precision_recall.png")
+    verdicts = judge(evaluation, a, results)
+    for name, images in choose(verdicts, results).items():
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)  # of an older evaluation
+        if images:
+            tiles = [judged(dataset, names, results, i, verdicts[i]) for i in images]
+            save_grid(tiles, 4, path)
         else:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an older evaluation
-            print(f"no {name}.png: there is nothing to show at score {THRESHOLD}")
+            print(f"no {path}: there is nothing to show at score {THRESHOLD}")
 
 
 def read_results(path: Path, annotations: data.Annotations) -> evaluate.Results:
@@ -291,8 +272,8 @@ def read_results(path: Path, annotations: data.Annotations) -> evaluate.Results:
     rows = json.loads(path.read_text())
     image_ids = np.array([row["image_id"] for row in rows], np.int64)
     if not np.isin(image_ids, annotations.image_ids).all():
-        raise UserError(f"{path}: has images that {annotations.path} lacks; name the data that was "
-                        "evaluated with --data and --val-split")
+        raise UserError(f"{path}: is not of {annotations.path}; name what was evaluated with "
+                        "--data and --val-split")
     boxes = np.array([row["bbox"] for row in rows], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = [annotations.category_ids.index(row["category_id"]) for row in rows]
@@ -300,26 +281,22 @@ def read_results(path: Path, annotations: data.Annotations) -> evaluate.Results:
                             np.array(labels, np.int64))
 
 
-def precision_recall(evaluation, names) -> Image.Image | None:
+def precision_recall(evaluation, names) -> Image.Image:
     """Precision against recall: the mean over classes at several IoUs, and each class at 0.5."""
     precision = evaluation.eval["precision"][..., 0, -1]  # (10 IoUs, 101 recalls, C)
     recall, AP50 = evaluation.params.recThrs, precision[0].mean(axis=0)
     known = sorted(np.flatnonzero(AP50 > -1), key=lambda k: -AP50[k])  # -1: has no true box
     if not known:
-        return None
+        raise UserError("the validation split has no boxes to compare with")
     title, shown = "by class", known
     if len(known) > 10:
         title, shown = "best and worst 5 classes", known[:5] + known[-5:]
     by_iou = {f"IoU {evaluation.params.iouThrs[t]:.1f}": (
         recall, precision[t][:, known].mean(axis=1)) for t in (0, 2, 4, 6, 8)}
-    by_class = {f"{printable(names[k])} {AP50[k]:.2f}": (recall, precision[0, :, k]) for k in shown}
+    by_class = {f"{names[k]} {AP50[k]:.2f}": (recall, precision[0, :, k]) for k in shown}
     unit = ticks([0, 1])
     return chart([Panel("precision, mean over classes", "recall", by_iou, unit, unit),
                   Panel(f"precision, IoU 0.5, {title}", "recall", by_class, unit, unit)])
-
-
-def printable(text):
-    return ascii(text)[1:-1]  # Pillow's font has no other letters
 
 
 def judge(evaluation, annotations, results: evaluate.Results) -> dict[int, dict[str, list[int]]]:
@@ -330,7 +307,7 @@ def judge(evaluation, annotations, results: evaluate.Results) -> dict[int, dict[
     """
     index = {id: i for i, id in enumerate(annotations.image_ids.tolist())}
     drawable = data.learnable(annotations)
-    verdicts = defaultdict(lambda: {verdict: [] for verdict in VERDICTS})
+    verdicts = defaultdict(lambda: {"right": [], "wrong": [], "missed": []})
     for e in evaluation.evalImgs:                                   # one class in one image
         if e is None or e["aRng"] != evaluation.params.areaRng[0]:  # the first one: all areas
             continue
@@ -345,109 +322,61 @@ def judge(evaluation, annotations, results: evaluate.Results) -> dict[int, dict[
     return verdicts
 
 
-def choose(verdicts, results, count=8) -> dict[str, dict]:
+def choose(verdicts, results, count=8) -> dict[str, list[int]]:
     """The images that went best (by F1, something was right), worst and most confidently wrong."""
     def f1(v):
         return 2 * len(v["right"]) / (2 * len(v["right"]) + len(v["wrong"]) + len(v["missed"]))
 
-    some = {i: v for i, v in verdicts.items() if any(v.values())}
-    orders = {"best": lambda v: (-f1(v), -len(v["right"])) if v["right"] else None,
-              "worst": lambda v: (f1(v), -len(v["wrong"] + v["missed"])) if f1(v) < 1 else None,
-              "wrong": lambda v: -results.scores[v["wrong"]].max() if v["wrong"] else None}
-    return {name: dict(sorted(((i, v) for i, v in some.items() if key(v) is not None),
-                              key=lambda item: key(item[1]))[:count])
-            for name, key in orders.items()}
+    right, wrong, faulty = (
+        [i for i, v in verdicts.items() if any(v[name] for name in names)]
+        for names in (["right"], ["wrong"], ["wrong", "missed"]))
+    right.sort(key=lambda i: (-f1(verdicts[i]), -len(verdicts[i]["right"])))
+    wrong.sort(key=lambda i: -results.scores[verdicts[i]["wrong"]].max())
+    faulty.sort(key=lambda i: f1(verdicts[i]))
+    return {"best": right[:count], "worst": faulty[:count], "wrong": wrong[:count]}
 
 
-def layout(aspect: np.ndarray, width=1280, height=300, gap=8, caption=26):
-    """Images in rows of full width without holes: (left, top, width, height) of each.
-
-    Each row holds about the same sum of aspect ratios (width / height), so all are about as high.
-    """
-    width = min(width, round(aspect.sum() * height))
-    rows = max(1, round(aspect.sum() * height / width))
-    row = ((aspect.cumsum() - aspect / 2) / aspect.sum() * rows).astype(int)
-    places, top = [], 0
-    for r in np.unique(row):
-        edges = np.append(0, aspect[row == r].cumsum())
-        edges = (edges * (width + gap) / edges[-1]).round().astype(int)  # a gap behind each
-        tall = max(1, round((width - gap * (len(edges) - 2)) / aspect[row == r].sum()))
-        places += [(left, top, max(1, right - gap - left), tall)
-                   for left, right in zip(edges.tolist(), edges[1:].tolist())]
-        top += tall + caption
-    return places
-
-
-def mosaic(dataset, results, images: dict[int, dict]) -> Image.Image:
-    """The images with what was right, wrong (the 10 best scores) and missed (dashed)."""
-    a, names = dataset.annotations, list(map(printable, dataset.annotations.category_names))
-    sizes = a.sizes[list(images)]
-    places = layout(sizes[:, 1] / sizes[:, 0])
-    size = np.max([(x + w, y + h + 26) for x, y, w, h in places], axis=0).tolist()
-    picture = Image.new("RGB", size, "white")
-    for (i, verdicts), (x, y, w, h) in zip(images.items(), places):
-        image = to_pil_image(dataset.image(i)).resize((w, h), Image.Resampling.LANCZOS)
-        scale = np.tile([w / a.sizes[i, 1], h / a.sizes[i, 0]], 2)
-        pen, colored = ImageDraw.Draw(image), image.copy()
-        for box in a.boxes[verdicts["missed"]] * scale:
-            pen.rectangle(box.tolist(), outline="white", width=2)
-            ImageDraw.Draw(colored).rectangle(box.tolist(), outline=VERDICTS["missed"], width=2)
-        stripes = np.add.outer(np.arange(h), np.arange(w)) % 10 < 6
-        image.paste(colored, mask=Image.fromarray(stripes))
-        wrong = sorted(verdicts["wrong"], key=lambda d: results.scores[d])[-10:]
-        order = sorted([(results.scores[d], d, "right") for d in verdicts["right"]]
-                       + [(results.scores[d], d, "wrong") for d in wrong])  # the best on top
-        for _, d, verdict in order:
-            pen.rectangle((results.boxes[d] * scale).tolist(), outline=VERDICTS[verdict], width=2)
-        for m in verdicts["missed"]:  # named below, where no detection has its name
-            x0, _, _, y1 = a.boxes[m] * scale
-            tag(image, x0, y1, names[a.labels[m]], VERDICTS["missed"])
-        for score, d, verdict in order:
-            x0, y0, _, _ = results.boxes[d] * scale
-            tag(image, x0, y0 - 15, f"{names[results.labels[d]]} {score:.2f}", VERDICTS[verdict])
-        picture.paste(image, (x, y))
-        for verdict, found in verdicts.items():
-            text, font = f"{len(found)} {verdict}", ImageFont.load_default(min(15, w / 12))
-            ImageDraw.Draw(picture).text((x, y + h + 17), text, VERDICTS[verdict], font, "ls")
-            x += font.getlength(text + ", ")
-    return picture
-
-
-def tag(image, x, y, text, color):
-    """White letters on a color, inside the image."""
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    width = font.getlength(text) + 4
-    x, y = max(0, min(x, image.width - width)), max(0, min(y, image.height - 15))
-    pen.rectangle((x, y, x + width, y + 14), color)
-    pen.text((x + 2, y + 11), text, "white", font, "ls")
+def judged(dataset, names, results, i, verdict, side=480) -> tuple[str, Tensor]:
+    """A caption, and image i with what was right, wrong and missed."""
+    a, image = dataset.annotations, dataset.image(i)
+    scale = side / max(image.shape)
+    drawn = [(0, a.boxes[m], names[a.labels[m]], "blue") for m in verdict["missed"]]
+    for name, color in (("right", "green"), ("wrong", "red")):
+        for d in verdict[name]:
+            text = f"{names[results.labels[d]]} {results.scores[d]:.2f}"
+            drawn.append((results.scores[d], results.boxes[d], text, color))
+    drawn.sort(key=lambda one: one[0])  # the best on top
+    _, boxes, texts, colors = zip(*drawn)
+    boxes = torch.tensor(np.array(boxes)).clamp(0, max(image.shape)) * scale
+    image = data.resize(image, tuple(max(1, round(s * scale)) for s in image.shape[1:]))
+    image = draw_bounding_boxes(image, boxes, texts, list(colors), width=2, fill_labels=True,
+                                label_colors="white")
+    right, wrong, missed = (len(verdict[name]) for name in ("right", "wrong", "missed"))
+    return f"{right} right (green), {wrong} wrong (red), {missed} missed (blue)", image
 
 
 # --- command line -------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="PICTURE")
-
-    def command(name, function, text):
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(function=function)
-        if function is not draw_evaluation:
-            added.add_argument("--out", type=Path, default=Path(f"runs/{name}.png"), metavar="FILE",
-                               help=f"default: runs/{name}.png")
-        return added
-
-    targets = command("targets", draw_targets, "which location of which level learns which box")
+    commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
+    targets = commands.add_parser("targets", help="which location of which level learns which box")
     targets.add_argument("--data", metavar="DIR", help="COCO-format folder (default: an example)")
     targets.add_argument("--image", type=int, metavar="ID", help="default: the first with boxes")
-    command("losses", draw_losses, "losses and their gradients, and a worked example as text")
-    curves = command("curves", draw_curves, "losses and AP of runs, over one another")
+    losses = commands.add_parser("losses", help="the losses and their gradients")
+    curves = commands.add_parser("curves", help="losses and AP of runs, over one another")
     curves.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    judged = command("evaluation", draw_evaluation, "precision and recall, best and worst images")
+    judged = commands.add_parser("evaluation", help="precision and recall, best and worst images")
     judged.add_argument("run", type=Path, metavar="RUN", help="evaluated folder or checkpoint")
     judged.add_argument("--data", metavar="DIR", help="COCO-format folder (default: the run's)")
     judged.add_argument("--val-split", default="", metavar="NAME", help="default: the run's")
+    for command in (targets, losses, curves):
+        command.add_argument("--out", type=Path, metavar="FILE", help="default: runs/PICTURE.png")
     args = parser.parse_args(argv)
-    args.function(args)
+    if args.picture != "evaluation":
+        args.out = args.out or Path("runs", f"{args.picture}.png")
+    {"targets": draw_targets, "losses": draw_losses, "curves": draw_curves,
+     "evaluation": draw_evaluation}[args.picture](args)
 
 
 if __name__ == "__main__":
