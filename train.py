@@ -233,20 +233,20 @@ def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.C
         raise UserError(f"{a.path}: not the data that {run} was trained on so far; bring it back, "
                         f"or {restart}")
     load_weights(model, checkpoint["model"], f"{run}: its weights are not this model's; {restart}")
-    try:  # by name: an order of parameters may change, and the optimizer checks no shapes
+    try:  # by name: parameters may come in another order, and the optimizer checks no shapes
         saved, state = checkpoint["optimizer"], optimizer.state_dict()
-        names = [[g["param_names"] for g in x["param_groups"]] for x in (saved, state)]
-        by_name = dict(zip(sum(names[0], []), (saved["state"].get(i) for i in range(10**6))))
-        same = list(map(set, names[0])) == list(map(set, names[1]))
-        state["state"] = {i: by_name[name] for i, name in enumerate(sum(names[1], []))
-                          if by_name[name] is not None}
+        theirs, ours = ([name for group in x["param_groups"] for name in group["param_names"]]
+                        for x in (saved, state))
+        state["state"] = {ours.index(name): saved["state"][i] for i, name in enumerate(theirs)
+                          if i in saved["state"]}
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        same = same and all(value.shape == shapes[name] for name, s in by_name.items() if s
-                            for value in s.values() if isinstance(value, Tensor) and value.ndim)
+        fits = set(theirs) == set(ours) and all(
+            x.shape in ((), shapes[ours[i]]) for i, of_parameter in state["state"].items()
+            for x in of_parameter.values() if isinstance(x, Tensor))
         optimizer.load_state_dict(state)
     except (LookupError, TypeError, ValueError, AttributeError):
-        same = False
-    if not same:
+        fits = False
+    if not fits:
         raise UserError(f"{run}: its optimizer state is not of these parameters; {restart}")
 
 
@@ -363,11 +363,6 @@ class Progress:
             except OSError as error:  # no reason to lose the run
                 print0(f"warning: {self.path}: cannot be written ({error})")
 
-    def pause(self, seconds: float):
-        """Leave out time that was not spent in training."""
-        self.last += seconds
-        self.paused += seconds
-
 
 def read_metrics(folder: Path) -> list[dict]:
     """RUN/metrics.jsonl without lines that are torn or not ours."""
@@ -462,11 +457,8 @@ def loop(run: Run, progress: Progress, stop_signals: list):
         microbatches = [next(batches).to(run.device, stream) for _ in range(run.microbatches)]
         progress.waited += time.monotonic() - waiting
         torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for a dropout, if you add one
-        try:
-            total = training_step(run.network, run.optimizer, microbatches, lr_at(step, config),
-                                  config)
-        except RuntimeError as error:
-            raise memory_error(error, step, microbatches) from None
+        lr = lr_at(step, config)
+        total = training_step(run.network, run.optimizer, microbatches, lr, config)
         progress.push(total, bool(stop_signals))
 
         # periodically: log, checkpoint, evaluate
@@ -524,7 +516,9 @@ def evaluate_step(run: Run, progress: Progress):
             newest = checkpoints_of(run.folder)[0].read_bytes()
             atomic_write(run.folder / "best.pt", lambda file: file.write(newest))
     progress.write({"step": step, **figures})
-    progress.pause(time.monotonic() - started)
+    seconds = time.monotonic() - started  # not spent in training
+    progress.last += seconds
+    progress.paused += seconds
 
 
 def not_finite(run: Run, step: int, losses: dict) -> UserError:
@@ -534,18 +528,6 @@ def not_finite(run: Run, step: int, losses: dict) -> UserError:
     return UserError(f"the loss or the weights are not finite at step {step} ({terms}lr "
                      f"{lr_at(step, run.config):g}, images {ids}); look at their boxes, or start a "
                      f"run from the last good weights with a lower --lr: --init-from {run.folder}")
-
-
-def memory_error(error: RuntimeError, step: int, microbatches: list[data.Batch]) -> Exception:
-    """Out of memory as a sentence; any other error as it is."""
-    if not evaluate.is_out_of_memory(error):
-        return error
-    n, _, height, width = microbatches[0].images.shape
-    lower = f"--microbatch {n // 2}" if n > 1 else "--channels"
-    boxes = max(max(m.counts) for m in microbatches)
-    return UserError(f"step {step} does not fit into the memory of "
-                     f"{microbatches[0].images.device}: {n} images on {width} x {height} pixels, "
-                     f"up to {boxes} boxes each; lower {lower} or --train-short-sides")
 
 
 def catch_signals() -> list:
@@ -674,10 +656,9 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.preset not in (None, name):
         parser.error(f"name the preset first: {args.preset}")
-    changes = [{f.name: getattr(args, f.name) for f in fields(owner) if hasattr(args, f.name)}
-               for owner in (config, config.model)]
-    of_training, of_model = ({name: tuple(value) if type(value) is list else value
-                              for name, value in change.items()} for change in changes)
+    of_training, of_model = (
+        {f.name: tuple(value) if type(value := getattr(args, f.name)) is list else value
+         for f in fields(owner) if hasattr(args, f.name)} for owner in (config, config.model))
     if of_training.get("data"):
         of_training["data"] = os.path.abspath(of_training["data"])  # usable from another folder
     args.changed = of_training | of_model

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -342,3 +344,37 @@ def test_batches_come_in_order_until_an_error_that_stays_one_sentence(tmp_path, 
     with pytest.raises(UserError, match=r"\d+.png: no such image file$") as error:
         next(loaded)
     assert error.value.__cause__ is None
+
+
+def test_a_full_shared_memory_is_refused_before_it_hangs_the_workers(tmp_path, monkeypatch):
+    dataset = open_good(tmp_path)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 9}))
+    requests = [[Request(0, False, (48, 64), (64, 64))]]
+    with pytest.raises(UserError, match="/dev/shm: .*--num-workers 0"):
+        next(data.batches(dataset, requests, num_workers=1, pin_memory=False))
+
+
+class Dies(CocoDataset):
+    def load(self, requests):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_a_sentence(tmp_path):
+    dataset = open_good(tmp_path)
+    dataset = Dies(dataset.annotations, dataset.folder)
+    requests = [[Request(0, False, (48, 64), (64, 64))]]
+    with pytest.raises(UserError, match="loading stopped .*worker.*--num-workers 0"):
+        next(data.batches(dataset, requests, num_workers=1, pin_memory=False))
+
+
+class Fails(CocoDataset):
+    def load(self, requests):
+        raise KeyError("a bug")
+
+
+def test_a_bug_in_loading_keeps_its_class_and_its_traceback(tmp_path):
+    dataset = open_good(tmp_path)
+    dataset = Fails(dataset.annotations, dataset.folder)
+    with pytest.raises(KeyError, match="a bug") as raised:
+        next(data.batches(dataset, [[Request(0, False, (48, 64), (64, 64))]], 1, False))
+    assert "in load" in raised.value.__notes__[0]

@@ -232,19 +232,6 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
     assert load_checkpoint(tmp_path)["step"] == 0 and not (tmp_path / "best.pt").exists()
 
 
-@pytest.mark.parametrize("batch_size, remedy", [(8, "--microbatch 4"), (1, "--channels")])
-def test_out_of_memory_is_one_sentence_with_what_to_lower(
-        dataset, tmp_path, monkeypatch, batch_size, remedy):
-    def too_large(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(FCOS, "forward", too_large)
-    with pytest.raises(UserError, match=rf"^step 0 .* memory of cpu: {batch_size} images on 64 x "
-                                        rf"64 pixels, up to \d boxes.*; lower {remedy} or --train"):
-        main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--batch-size", batch_size)
-    assert load_checkpoint(tmp_path)["step"] == 0
-
-
 def test_checkpoints_under_other_names_are_the_users(tmp_path):
     users = {"best.pt", "checkpoint-best.pt", "checkpoint-0000010-keep.pt"}
     for name in users:

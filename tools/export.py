@@ -22,6 +22,7 @@ It runs on the CPU in float32; torch.export.passes.move_to_device_pass moves it 
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -83,7 +84,9 @@ def save(program: torch.export.ExportedProgram, path, categories: dict):
     """Write a .pt2 or .onnx file."""
     if Path(path).suffix == ".pt2":
         extra_files = {"categories.json": json.dumps(categories)}
-        atomic_write(path, lambda file: torch.export.save(program, file, extra_files=extra_files))
+        memory = io.BytesIO()  # PyTorch's writer ends the process on a full disk
+        torch.export.save(program, memory, extra_files=extra_files)
+        atomic_write(path, lambda file: file.write(memory.getbuffer()))
         return
     try:
         onnx = torch.onnx.export(program, dynamo=True, verbose=False,
@@ -100,8 +103,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
-    parser.add_argument("--out", metavar="FILE", required=True, help=".pt2 or .onnx file to write")
+    parser.add_argument("--out", metavar="FILE",
+                        help=".pt2 or .onnx file (default: detector.pt2 in the run folder)")
     args = parser.parse_args(argv)
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    args.out = args.out or folder / "detector.pt2"
     if Path(args.out).suffix not in (".pt2", ".onnx"):
         parser.error("--out must end in .pt2 or .onnx")
     checkpoint = load_checkpoint(args.run)
