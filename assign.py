@@ -18,8 +18,8 @@ locations are background. A positive location also learns its centerness (Eq. 3)
 
     sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))
 
-The usual implementation compares all L locations with all G boxes. Here every box visits only the
-cells that can be its own, at most 4 x 4 a level with center sampling, so time and memory hardly
+The usual implementation compares all L locations with all G boxes. Here each box visits only the
+cells it could claim, at most 4 x 4 a level with center sampling, so time and memory hardly
 depend on G. `tests/test_assign.py` compares this with the definition above.
 
 Letters: N images, L locations over all levels, G boxes of one image, B boxes of all images,

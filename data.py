@@ -39,7 +39,7 @@ LOADER_TIMEOUT = 300  # seconds that a batch may take to load
 
 
 class UserError(ValueError):
-    """Something the user can mend: one sentence with what, got, where and the remedy."""
+    """An error the user can fix, in one sentence: what is wrong, where, and what to do."""
 
 
 # --- 1. reading ---------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
             return
     except RuntimeError as error:  # of the loader itself; those of the dataset come as a batch
         batch = UserError(f"loading stopped ({str(error).splitlines()[0]}): a worker process was "
-                          "killed or hangs; see to memory and /dev/shm, or use --num-workers 0")
+                          "killed or hangs; check free memory and /dev/shm, or use --num-workers 0")
     raise batch
 
 
@@ -491,9 +491,10 @@ def check_shared_memory(requests: list[Request], num_workers: int):
     """Workers pass batches through /dev/shm; where it is full they hang."""
     if num_workers and os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
-        needed = num_workers * 2 * len(requests) * 3 * math.prod(requests[0].canvas)
+        processes = num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed = processes * 2 * len(requests) * 3 * math.prod(requests[0].canvas)
         if needed > free:
-            raise UserError(f"/dev/shm: {free >> 20} MB are free, but {num_workers} workers keep "
+            raise UserError(f"/dev/shm: {free >> 20} MB are free, but {processes} workers keep "
                             f"{needed >> 20} MB of batches there; enlarge it (docker run "
                             "--shm-size=8g), or load without workers: --num-workers 0")
 

@@ -63,11 +63,13 @@ def init_distributed() -> torch.device:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"process {device.index} has no GPU: this machine has "
+                            f"{torch.cuda.device_count()}; start fewer processes (GPUS=...)")
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True    # few canvases: the search for the best kernel pays
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if "RANK" in os.environ:
-        # A key of its own: a restarted process must not find the addresses of the dead ones.
+        # One prefix per attempt, so restarted processes do not read addresses of dead ones.
         store, rank, world = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         _store = dist.PrefixStore(f"attempt {attempt}", store)
@@ -97,6 +99,8 @@ def run_program(main):
         stream.reconfigure(errors="backslashreplace")  # a class name may not fit the terminal
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # a collective: after a failure it may hang
     except (UserError, OSError) as error:
         first = True
         with contextlib.suppress(RuntimeError):  # processes often fail alike: one message is enough
@@ -110,9 +114,6 @@ def run_program(main):
                  "(--batch-size, --microbatch) or their size")
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -210,8 +211,8 @@ class Detector:
     def candidates(self, images, sizes):
         """`model.candidates` of a batch, on the device; replayed from a CUDA graph if there is one.
 
-        Graphs hide the host time of a thousand launches, so they serve small batches; capturing
-        one takes as long as several calls, so it waits for the third of a shape.
+        A graph saves a thousand kernel launches, which pays off for small batches. Capturing one
+        costs as much as several calls, so wait until a shape is seen a third time.
         """
         shape = tuple(images.shape)
         self.seen[shape] = self.seen.get(shape, 0) + 1
@@ -219,12 +220,13 @@ class Detector:
             return self._candidates(images.to(self.device, non_blocking=True),
                                     sizes.to(self.device, non_blocking=True))
         if shape not in self.graphs:
+            locations = self._locations(shape)  # cached before the capture, which may not copy
             inputs = [torch.empty_like(x, device=self.device) for x in (images, sizes)]
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 found = self._candidates(*inputs)  # thread_local: the loader pins memory meanwhile
-            self.graphs[shape] = graph, inputs, found, self._locations(shape)
+            self.graphs[shape] = graph, inputs, found, locations
         self.graphs.move_to_end(shape)
         if len(self.graphs) > MAX_GRAPHS:
             self.graphs.popitem(last=False)  # the least recently used one
@@ -338,7 +340,7 @@ def coco_evaluation(annotations: Annotations, results: Results):
                              iscrowd=crowd)
                         for n, (image, category, box, area, crowd) in enumerate(rows, start=1)]}
     found = coco_results(results, a.category_ids)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools narrates
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth.createIndex()
         # loadRes refuses an empty list
         evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), "bbox")
@@ -502,9 +504,10 @@ def draw_grid(path, dataset: CocoDataset, results: Results, names, threshold=0.3
 def predict(detector: Detector, paths: list[Path], out, threshold=0.3, tta=False) -> list[Path]:
     """Write a picture of each image file and detections.json, of all scores, to `out`.
 
-    Files that cannot be read are reported and returned; the others are done all the same.
+    Files that cannot be read are reported and returned; the remaining files are still processed.
     """
     found, unreadable, used = [], [], set()
+    originals = {path.resolve() for path in paths}
     for path in paths:
         try:
             image = as_tensor(path)
@@ -518,7 +521,7 @@ def predict(detector: Detector, paths: list[Path], out, threshold=0.3, tta=False
         picture = next(name for n in range(1, len(paths) + 1)
                        if (name := f"{path.stem}{f'-{n}' if n > 1 else ''}.png") not in used)
         used.add(picture)
-        if (out / picture).resolve() == path.resolve():
+        if (out / picture).resolve() in originals:
             raise UserError(f"{path}: would be overwritten; name another folder with --out")
         drawn = draw(image, d.boxes[:shown], d.labels[:shown], texts, max(640, *image.shape[1:]))
         transforms.to_pil_image(drawn).save(out / picture)
@@ -556,8 +559,8 @@ def make_folder(path, option) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be a folder ({error.strerror}); name another with "
-                        f"{option}") from None
+        raise UserError(f"{path}: cannot be created as a folder ({error.strerror}); name another "
+                        f"with {option}") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{path}: cannot be written to; name another folder with {option}")
     return path
@@ -594,9 +597,12 @@ def main(argv=None):
     run = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
     out = make_folder(args.out or (run / "predictions" if args.images else run), "--out")
     if args.images:
+        if rank_and_world()[0] > 0:
+            return
         unreadable = predict(detector, image_files(args.images), out, args.threshold, args.tta)
         if unreadable:
-            raise UserError(f"{len(unreadable)} files cannot be read, see above; the rest is done")
+            raise UserError(f"{len(unreadable)} files could not be read, see above; all others "
+                            "were processed")
         return
     trained = checkpoint["config"]
     root = args.data or trained.get("data")

@@ -26,8 +26,6 @@ whose length the host does not know: one host-device sync a step.
 Letters: N images, L locations, C classes, K boxes, R = N * L rows.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,13 +34,6 @@ import csrc
 from assign import Targets
 
 BOX_LOSSES = ("iou", "linear_iou", "giou")
-
-
-class Normalizers(NamedTuple):
-    """The denominators of the losses, of some images or of a global batch; each () float32."""
-    num_pos: Tensor
-    num_images: Tensor
-    centerness: Tensor  # sum of the centerness targets
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0,
@@ -97,13 +88,14 @@ def _area(ltrb):
     return (l + r) * (t + b)
 
 
-def normalizers(targets: Targets) -> Normalizers:
-    """What these images contribute to the denominators of the losses."""
+def normalizers(targets: Targets) -> Tensor:
+    """What these images contribute to the denominators of the losses, (3,) float32: positives,
+    images, sum of centerness targets."""
     num_images = targets.centerness.new_full((), len(targets.labels))
-    return Normalizers((targets.labels >= 0).sum().float(), num_images, targets.centerness.sum())
+    return torch.stack([(targets.labels >= 0).sum(), num_images, targets.centerness.sum()])
 
 
-def fcos_loss(outputs, targets: Targets, kind: str = "iou", norm: Normalizers | None = None,
+def fcos_loss(outputs, targets: Targets, kind: str = "iou", norm: Tensor | None = None,
               stride: Tensor | None = None) -> dict[str, Tensor]:
     """The three losses of some images, as their part of the losses of the global batch.
 
@@ -111,12 +103,12 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", norm: Normalizers | 
         outputs: logits (N, L, C), ltrb (N, L, 4) pixels, centerness (N, L); `model.Outputs`.
         targets: from `assign.assign_targets`.
         kind: box loss, see `box_loss`.
-        norm: denominators of the global batch; default: of these images alone.
+        norm: (3,) `normalizers` of the global batch; default: of these images alone.
         stride: (L,) pixels. If given, the box loss measures in strides instead of pixels.
     Returns: {"cls", "box", "centerness"}, each (). Every output takes part, so every parameter has
         a gradient even where no image has a box, and DDP does not hang.
     """
-    norm = normalizers(targets) if norm is None else norm
+    num_pos, num_images, centerness_sum = normalizers(targets) if norm is None else norm
     positive = targets.labels >= 0                                              # (N, L)
 
     # At background the target stands in for the prediction, which costs 0 and has gradient 0.
@@ -129,7 +121,7 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", norm: Normalizers | 
         outputs.centerness, targets.centerness, reduction="none")               # (N, L)
     return {
         "cls": focal_loss(outputs.logits.flatten(0, 1), targets.labels.flatten(),
-                          scale=1 / (norm.num_pos + norm.num_images)),
-        "box": (box * targets.centerness.flatten()).sum() / norm.centerness.clamp(min=1e-6),
-        "centerness": torch.where(positive, centerness, 0.0).sum() / norm.num_pos.clamp(min=1),
+                          scale=1 / (num_pos + num_images)),
+        "box": (box * targets.centerness.flatten()).sum() / centerness_sum.clamp(min=1e-6),
+        "centerness": torch.where(positive, centerness, 0.0).sum() / num_pos.clamp(min=1),
     }

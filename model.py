@@ -181,8 +181,8 @@ def download(entry, remedy: str) -> dict[str, Tensor]:
 class FPN(FeaturePyramidNetwork):
     """torchvision's feature pyramid, with P6 and P7 from P5. (arXiv:1612.03144)
 
-    Its forward is written out: as a view, upsampling has a backward pass that sums four gradients;
-    that of `F.interpolate` adds them by atomics on a GPU, in no fixed order.
+    The forward pass is written out, because torch.compile turns the backward pass of
+    `F.interpolate` into a scatter-add, in no fixed order; that of `upsample` sums four gradients.
     """
 
     def __init__(self, in_channels: list[int], channels: int):
@@ -265,7 +265,7 @@ class FCOS(nn.Module):
             level_logits, level_box, level_centerness = self.head(p)
             level_box = level_box.float() * scale.float()
             if self.config.box_unit == "pixel":
-                level_box = level_box.exp()
+                level_box = level_box.clamp(max=16).exp()  # inf would have NaN as its gradient
             else:
                 level_box = level_box.relu() * stride
             logits.append(_by_location(level_logits))
@@ -354,7 +354,7 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     boxes = torch.cat([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=-1)
     width_height = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)       # (N, 1, 4)
     boxes = torch.minimum(boxes.clamp(min=0), width_height)
-    has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)  # not so for locations in the padding
+    has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)  # false for locations in the padding
     return boxes, scores * has_area, labels
 
 
@@ -479,7 +479,7 @@ def load_checkpoint(path) -> dict:
 
 
 def read_archive(path) -> dict:
-    """torch.load without code execution, after a check of the archive's CRC-32, which it omits."""
+    """torch.load(weights_only=True), after checking the archive's CRC-32, which it does not."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:

@@ -1,4 +1,4 @@
-"""train.py: train the detector, on one CPU or many GPUs, and lose nothing.  (FCOS, Sec. 4)
+"""train.py: train the detector, and lose no work when interrupted.  (FCOS, Sec. 4)
 
     python train.py demo --data runs/shapes                                a small detector
     python train.py fcos_R_50_FPN_1x_center_giou --data /data/coco         as published
@@ -48,7 +48,7 @@ import evaluate
 from assign import assign_targets, make_locations
 from data import UserError
 from evaluate import Detector, dtype_of, print0, rank_and_world
-from loss import BOX_LOSSES, Normalizers, fcos_loss, normalizers
+from loss import BOX_LOSSES, fcos_loss, normalizers
 from model import (CHECKPOINT_FORMAT, FCOS, IMPROVED, ModelConfig, atomic_write, checkpoints_of,
                    config_from_dict, load_checkpoint, load_weights, validate)
 
@@ -88,7 +88,7 @@ class TrainConfig:
     # may change on resume
     microbatch: int = 0                      # images at once on a device; lower it when out of
     #                                          memory, results stay the same; 0: all
-    num_workers: int = min(4, os.cpu_count() or 1)  # data loading processes of each process
+    num_workers: int = min(4, os.cpu_count() or 1)  # loading processes of each process; 0: none
     log_every: int = 20                      # steps between two progress lines
     eval_every: int = 0                      # steps between two evaluations; 0: a fifth of the run
     checkpoint_every: int = 1000             # steps between two checkpoints
@@ -99,7 +99,8 @@ class TrainConfig:
                                      checkpoint_every=1, train_short_sides=1),
                  at_most=dict(flip=1, lr=1e40))
         if self.train_short_sides[0] > self.train_short_sides[1]:
-            raise UserError(f"--train-short-sides {self.train_short_sides}: smaller one first")
+            raise UserError(f"--train-short-sides {self.train_short_sides}: the smaller must come "
+                            "first")
 
 
 MAY_CHANGE = {"data", "microbatch", "num_workers", "log_every", "eval_every", "checkpoint_every",
@@ -109,32 +110,28 @@ ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower
 #               what --init-from takes over from the other checkpoint
 TERMS = ("cls", "box", "centerness")  # of the loss
 
-fcos_R_50_FPN_1x = TrainConfig()
-center = dict(center_radius=1.5)
-fcos_R_50_FPN_1x_center = replace(fcos_R_50_FPN_1x, **center)
-fcos_R_101_FPN_2x = replace(fcos_R_50_FPN_1x, model=ModelConfig(backbone="resnet101"),
-                            steps=180_000, train_short_sides=(640, 800))
-fcos_imprv_R_50_FPN_1x = replace(fcos_R_50_FPN_1x, **center, box_loss="giou",
-                                 model=ModelConfig(**IMPROVED))
+base = TrainConfig()
+center = replace(base, center_radius=1.5)
+giou = replace(center, box_loss="giou")
+resnet101 = ModelConfig(backbone="resnet101")
+two_x = dict(steps=180_000, train_short_sides=(640, 800))
 # Small enough for two CPU cores: GroupNorm and AdamW, to learn from random weights.
-demo = TrainConfig(
+demo = replace(
+    giou, backbone_weights="none", batch_size=4, steps=1600, epochs=16, optimizer="adamw", lr=7e-4,
+    weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, compile="off",
+    train_short_sides=(224, 288), canvas_sides=0, num_workers=0,
     model=ModelConfig(backbone="resnet18", backbone_norm="group", frozen_stages=0, channels=64,
-                      tower_depth=2, short_side=280, long_side=440, enlarge=False, **IMPROVED),
-    backbone_weights="none", **center, box_loss="giou", batch_size=4, steps=1600, epochs=16,
-    optimizer="adamw", lr=7e-4, weight_decay=0.05, warmup_steps=50, schedule="cosine",
-    grad_clip=10.0, train_short_sides=(224, 288), canvas_sides=0, compile="off", num_workers=0)
+                      tower_depth=2, short_side=280, long_side=440, enlarge=False, **IMPROVED))
 PRESETS = {
     "demo": demo,
-    "fcos_R_50_FPN_1x": fcos_R_50_FPN_1x,
-    "fcos_R_50_FPN_1x_center": fcos_R_50_FPN_1x_center,
-    "fcos_R_50_FPN_1x_center_liou": replace(fcos_R_50_FPN_1x_center, box_loss="linear_iou"),
-    "fcos_R_50_FPN_1x_center_giou": replace(fcos_R_50_FPN_1x_center, box_loss="giou"),
-    "fcos_R_101_FPN_2x": fcos_R_101_FPN_2x,
-    "fcos_R_101_FPN_2x_center_giou": replace(fcos_R_101_FPN_2x, **center, box_loss="giou"),
-    "fcos_imprv_R_50_FPN_1x": fcos_imprv_R_50_FPN_1x,
-    "fcos_imprv_R_101_FPN_2x": replace(
-        fcos_imprv_R_50_FPN_1x, model=ModelConfig(backbone="resnet101", **IMPROVED),
-        steps=180_000, train_short_sides=(640, 800)),
+    "fcos_R_50_FPN_1x": base,
+    "fcos_R_50_FPN_1x_center": center,
+    "fcos_R_50_FPN_1x_center_liou": replace(center, box_loss="linear_iou"),
+    "fcos_R_50_FPN_1x_center_giou": giou,
+    "fcos_R_101_FPN_2x": replace(base, model=resnet101, **two_x),
+    "fcos_R_101_FPN_2x_center_giou": replace(giou, model=resnet101, **two_x),
+    "fcos_imprv_R_50_FPN_1x": replace(giou, model=ModelConfig(**IMPROVED)),
+    "fcos_imprv_R_101_FPN_2x": replace(giou, model=replace(resnet101, **IMPROVED), **two_x),
 }
 
 
@@ -181,7 +178,7 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
                                offset=config.model.location_offset)
     targets = [assign_targets(locations, m.boxes.split(m.counts), m.labels.split(m.counts),
                               config.center_radius or None) for m in microbatches]
-    norm = torch.stack([torch.stack(normalizers(t)) for t in targets]).sum(0)    # (3,)
+    norm = torch.stack([normalizers(t) for t in targets]).sum(0)                 # (3,)
     if world > 1:
         dist.all_reduce(norm)
 
@@ -192,7 +189,7 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
         with nullcontext() if world == 1 or last else network.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 outputs = network(m.images, m.sizes)
-            losses = fcos_loss(outputs, target, config.box_loss, Normalizers(*norm),
+            losses = fcos_loss(outputs, target, config.box_loss, norm,
                                locations.stride if config.model.box_unit == "stride" else None)
             sum(losses.values()).backward()
         total += torch.stack([losses[name].detach() for name in TERMS])
@@ -208,11 +205,15 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
 
 # --- checkpoints --------------------------------------------------------------------------------
 
+def checkpoint_file(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step:07d}.pt"
+
+
 def save_checkpoint(run: Path, checkpoint: dict):
-    """Write a checkpoint, then delete all but the last two."""
-    path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
+    """Write a checkpoint, then delete all but the last two, and what a kill left unfinished."""
+    path = checkpoint_file(run, checkpoint["step"])
     atomic_write(path, lambda file: torch.save(checkpoint, file))
-    for old in checkpoints_of(run)[2:]:
+    for old in [*checkpoints_of(run)[2:], *run.glob("checkpoint-*.pt.part")]:
         old.unlink()
 
 
@@ -230,24 +231,27 @@ def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.C
     a = dataset.annotations
     evaluate.check_categories(a, **checkpoint["categories"], owner=str(run))
     if checkpoint.get("data_hash") != data_hash(dataset):
-        raise UserError(f"{a.path}: not the data that {run} was trained on so far; bring it back, "
-                        f"or {restart}")
-    load_weights(model, checkpoint["model"], f"{run}: its weights are not this model's; {restart}")
+        raise UserError(f"{a.path}: this data has changed since {run} started; restore the "
+                        f"original, or {restart}")
+    load_weights(model, checkpoint["model"], f"{run}: weights do not match this model; {restart}")
     try:  # by name: parameters may come in another order, and the optimizer checks no shapes
         saved, state = checkpoint["optimizer"], optimizer.state_dict()
         theirs, ours = ([name for group in x["param_groups"] for name in group["param_names"]]
                         for x in (saved, state))
         state["state"] = {ours.index(name): saved["state"][i] for i, name in enumerate(theirs)
                           if i in saved["state"]}
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        fits = set(theirs) == set(ours) and all(
-            x.shape in ((), shapes[ours[i]]) for i, of_parameter in state["state"].items()
-            for x in of_parameter.values() if isinstance(x, Tensor))
         optimizer.load_state_dict(state)
-    except (LookupError, TypeError, ValueError, AttributeError):
+        fits = set(theirs) == set(ours)
+        for p, of_parameter in optimizer.state.items():
+            for key, value in of_parameter.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    fits = fits and value.shape == p.shape
+                    # Fused updates need the memory format of the weights, which the device decides.
+                    of_parameter[key] = torch.empty_like(p).copy_(value)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         fits = False
     if not fits:
-        raise UserError(f"{run}: its optimizer state is not of these parameters; {restart}")
+        raise UserError(f"{run}: its optimizer state does not match this model; {restart}")
 
 
 def init_from(model: FCOS, path, names: list[str]):
@@ -265,8 +269,9 @@ def init_from(model: FCOS, path, names: list[str]):
                 taken[key][i] = theirs[key][row]
     fresh = sorted(ours.keys() - taken.keys())
     model.load_state_dict(taken, strict=False)
-    print0(f"{path}: took {len(taken)} of {len(ours)} tensors, and the outputs of {len(shared)} of "
-           f"{len(names)} classes by name; fresh: {', '.join(fresh)[:200] or 'no other'}")
+    print0(f"{path}: loaded {len(taken)} of {len(ours)} tensors, and the outputs of {len(shared)} "
+           f"of {len(names)} classes by name; newly initialised: "
+           f"{', '.join(fresh)[:200] or 'none'}")
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ class Progress:
         self.step = checkpoint["step"] if checkpoint else 0        # steps completed
         self.losses = checkpoint["losses"] if checkpoint else []   # (3,) each, since the last line
         self.unread = deque()  # (step, losses and stop flag, event): may still be on the device
-        self.lag = 2 if run.device.type == "cuda" else 0  # steps read late keep a GPU busy: no sync
+        self.lag = 2 if run.device.type == "cuda" else 0  # reading losses late avoids a sync
         self.stop_at, self.finite = math.inf, True
         self.saved_step, self.saved_at = (self.step if checkpoint else -1), time.monotonic()
         self.start = self.last = time.monotonic()
@@ -378,9 +383,7 @@ def train(config: TrainConfig, folder: Path, device: torch.device, checkpoint: d
           init_file=None, skip_eval=False):
     """Train from the start, or from a checkpoint of this folder, to the end, and evaluate."""
     run = prepare(config, folder, device, checkpoint, init_file, skip_eval)
-    lock(folder)
-    if not checkpoint:
-        refuse_to_overwrite(folder)
+    lock(folder, fresh=not checkpoint)
     progress, stop_signals = Progress(run, checkpoint), catch_signals()
     save(run, progress)  # from here on the folder is this run's
     try:
@@ -475,7 +478,10 @@ def loop(run: Run, progress: Progress, stop_signals: list):
             progress.read(lag=0)
             save(run, progress)
         if done >= progress.stop_at and not last:
-            print0(f"\nstopped by a signal after step {done}; make resume RUN={run.folder} goes on")
+            print0(f"\nstopped by a signal after step {done}; continue with: make resume "
+                   f"RUN={run.folder}")
+            if world > 1:
+                dist.barrier()  # torchrun kills rank 0 as soon as another process has ended
             sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
         if evaluation:
             evaluate_step(run, progress)
@@ -513,8 +519,8 @@ def evaluate_step(run: Run, progress: Progress):
         print0(f"step {step}/{config.steps} | " + " | ".join(
             f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75")))
         if figures["AP"] >= max((e["AP"] for e in progress.entries if "AP" in e), default=0):
-            newest = checkpoints_of(run.folder)[0].read_bytes()
-            atomic_write(run.folder / "best.pt", lambda file: file.write(newest))
+            weights = checkpoint_file(run.folder, step).read_bytes()
+            atomic_write(run.folder / "best.pt", lambda file: file.write(weights))
     progress.write({"step": step, **figures})
     seconds = time.monotonic() - started  # not spent in training
     progress.last += seconds
@@ -585,11 +591,11 @@ def print_plan(run: Run, step: int):
               f"the first {len(steps)} steps")
     without, boxes = count_without_location(run.dataset, config)
     if without:
-        print(f"{without} of {boxes} boxes get no location: too small for the image size, or "
-              "covered by smaller boxes (make check says more)")
+        print(f"{without} of {boxes} boxes are not assigned to any location: too small for the "
+              "image size, or covered by smaller boxes (make check says more)")
     if without == boxes:
-        raise UserError("no location learns any box, so nothing can be learned; raise "
-                        "--center-radius or --train-short-sides")
+        raise UserError("no box is assigned to any location, so there is nothing to train on; "
+                        "raise --center-radius or --train-short-sides")
     if step:
         print(f"{run.folder}: " + (
             "finished, nothing left to train; --init-from starts a longer run"
@@ -632,24 +638,22 @@ def parse_arguments(argv):
     begin.add_argument("--init-from", metavar="FILE",
                        help="start with the weights of a run or checkpoint; classes may differ")
     parser.add_argument("--skip-eval", action="store_true", help="train without evaluating")
-    for owner, group in ((config, parser.add_argument_group("training")),
-                         (config.model, parser.add_argument_group("model"))):
-        source = inspect.getsource(type(owner))
+    for title, owner in (("training", config), ("model", config.model)):
+        group, source = parser.add_argument_group(title), inspect.getsource(type(owner))
         comments = dict(re.findall(r"^    (\w+): .*?  # (.+(?:\n    #   .+)*)$", source, re.M))
         for f in fields(owner):
             if f.name in ("model", "num_classes"):  # num_classes is the data's
                 continue
-            default, options = getattr(owner, f.name), {}
+            default, options = getattr(owner, f.name), {"metavar": "N", "type": type(f.default)}
             if type(default) is bool:
                 options = {"action": argparse.BooleanOptionalAction}
             elif get_origin(f.type) is Literal:
                 options = {"choices": get_args(f.type)}
-            else:
-                kind = type(f.default[0] if type(default) is tuple else f.default)
-                options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
-                if type(default) is tuple:
-                    options["nargs"] = len(default)
-            text = re.sub(r"\n    # +", " ", comments.get(f.name, ""))
+            elif type(default) is tuple:
+                options |= {"type": type(f.default[0]), "nargs": len(default)}
+            elif type(default) is str:
+                options["metavar"] = "TEXT"
+            text = re.sub(r"\n    # +", " ", comments[f.name])
             text += f" (default: {default})" if default != "" else ""
             group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
                                help=text.replace("%", "%%"), **options)
@@ -663,7 +667,9 @@ def parse_arguments(argv):
         of_training["data"] = os.path.abspath(of_training["data"])  # usable from another folder
     args.changed = of_training | of_model
     args.config = replace(config, **of_training, model=replace(config.model, **of_model))
-    args.run_dir = Path(args.run_dir if args.run_dir is not None else f"runs/{name}")
+    if args.run_dir == "":
+        parser.error("--run-dir is empty; name a folder")
+    args.run_dir = Path(args.run_dir or f"runs/{name}")
     return args
 
 
@@ -701,8 +707,8 @@ def refuse_to_overwrite(folder: Path):
                         "another folder (RUN=...), or delete it")
 
 
-def lock(folder: Path):
-    """Keep other trainings out of the folder for as long as this process lives."""
+def lock(folder: Path, fresh: bool):
+    """Claim the folder for as long as this process lives; a fresh run overwrites no other."""
     if rank_and_world()[0] == 0:
         evaluate.make_folder(folder, "RUN=... (--run-dir)")
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
@@ -711,17 +717,18 @@ def lock(folder: Path):
         except OSError:
             raise UserError(f"{folder}: another process is training here; choose another folder "
                             "with RUN=... (--run-dir)") from None
+        if fresh:
+            refuse_to_overwrite(folder)
     if dist.is_initialized():
         dist.barrier()
         if not (folder / ".lock").exists():
-            raise UserError(f"{folder}: rank 0 sees another folder; share it between machines")
+            raise UserError(f"{folder}: not the folder of rank 0; machines must share it")
 
 
 def main():
     args = parse_arguments(sys.argv[1:])
-    if args.run_dir == Path("."):
-        raise UserError("--run-dir is empty; name a folder")
     device = evaluate.init_distributed()
+    torch.backends.cudnn.benchmark = True  # few canvases, so autotuning pays off
     config, checkpoint = load_run(args)
     train(config, args.run_dir, device, checkpoint, args.init_from, args.skip_eval)
 

@@ -317,7 +317,7 @@ def test_prediction_reports_unreadable_files_and_does_the_others(checkpoint, tmp
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes()[:600])
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(SystemExit, match="3 files cannot be read"):
+    with pytest.raises(SystemExit, match="3 files could not be read"):
         main(checkpoint, "--images", tmp_path, tmp_path / "absent.jpg", "--out", tmp_path / "out")
     told = capsys.readouterr().err
     for name in ("torn.jpg", "text.png", "absent.jpg"):
@@ -356,7 +356,7 @@ def test_an_error_ends_the_program_in_a_sentence(error, sentence):
     (["nowhere"], "nowhere: no such file"),
     ([ROOT / "tests"], "tests: no checkpoint-*.pt here"),
     (["tests", "--batch-size", "0"], "--batch-size must be at least 1"),
-    (["CHECKPOINT", "--out", "CHECKPOINT"], "model.pt: cannot be a folder"),
+    (["CHECKPOINT", "--out", "CHECKPOINT"], "model.pt: cannot be created as a folder"),
     (["CHECKPOINT", "--images", "FOLDER"], "no image file in this folder")])
 def test_wrong_options_end_in_one_sentence(options, sentence, checkpoint, tmp_path, capsys):
     paths = {"CHECKPOINT": checkpoint, "FOLDER": tmp_path}

@@ -156,7 +156,7 @@ def test_losses_and_gradients_of_microbatches_add_up_to_those_of_the_global_batc
 def test_normalizers_of_microbatches_add_up_to_those_of_the_global_batch():
     _, targets = some_case(n=4)
     halves = [normalizers(Targets(*(x[half] for x in targets))) for half in (slice(2), slice(2, 4))]
-    torch.testing.assert_close(torch.tensor(halves).sum(0), torch.tensor(normalizers(targets)))
+    torch.testing.assert_close(torch.stack(halves).sum(0), normalizers(targets))
 
 
 def test_images_without_boxes_give_every_output_a_finite_gradient():

@@ -36,7 +36,6 @@ def main(*options):
         patch.setattr(sys, "argv", ["train.py", *map(str, options)])
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(train, "catch_signals", list)  # pytest's own handlers stay
-        patch.setattr(train, "lock", lambda run: run.mkdir(exist_ok=True))  # lasts like the process
         train.main()
 
 
@@ -254,14 +253,14 @@ def test_torn_and_foreign_lines_of_metrics_are_skipped(tmp_path):
 
 def test_a_second_training_in_the_same_folder_is_refused(dataset, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    train.lock(run)
+    train.lock(run, fresh=False)
     assert finish(start(log, *TINY, "--data", dataset, "--run-dir", run)) == [1]
     assert f"error: {run}: another process is training here" in log.read_text().splitlines()[-1]
     assert [path.name for path in run.iterdir()] == [".lock"]
 
 
 def _die_with_a_worker(run):
-    train.lock(run)
+    train.lock(run, fresh=False)
     if os.fork() == 0:
         time.sleep(5)  # as long as a loader worker takes to see that training is gone
     os._exit(0)
@@ -271,7 +270,7 @@ def test_a_worker_that_outlives_its_training_does_not_keep_the_folder(tmp_path):
     killed = FORKS.Process(target=_die_with_a_worker, args=(tmp_path,))
     killed.start()
     assert finish([killed]) == [0]
-    train.lock(tmp_path)
+    train.lock(tmp_path, fresh=False)
 
 
 # --- resume and init-from -----------------------------------------------------------------------
@@ -328,7 +327,7 @@ def renamed(content):
 
 
 @pytest.mark.parametrize("change, words", [
-    (other_boxes, "not the data that .* was trained on so far; .*--init-from"),
+    (other_boxes, "this data has changed since .* started; .*--init-from"),
     (renamed, "categories are not those of .*; only here: 2 'oval'; only there: 2 'ellipse'")])
 def test_resume_refuses_changed_data_and_categories(
         dataset, uninterrupted, tmp_path, change, words):
@@ -345,11 +344,11 @@ def names_exchanged(checkpoint):
 
 
 @pytest.mark.parametrize("change, words", [
-    (names_exchanged, "its optimizer state is not of these parameters; .*--init-from"),
+    (names_exchanged, "its optimizer state does not match this model; .*--init-from"),
     (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1)),
-     "its optimizer state is not of these parameters; .*--init-from"),
-    (lambda c: c.pop("optimizer"), "its optimizer state is not of these parameters"),
-    (lambda c: c["model"].pop("scales"), "its weights are not this model's; .*scales"),
+     "its optimizer state does not match this model; .*--init-from"),
+    (lambda c: c.pop("optimizer"), "its optimizer state does not match this model"),
+    (lambda c: c["model"].pop("scales"), "weights do not match this model; .*scales"),
     (lambda c: c["config"].update(momentum=0.5), "fields this code does not know .momentum.; use"),
     (lambda c: c["config"].update(lr="x"), "--lr 'x': must be of the type of 0.01")])
 def test_a_checkpoint_that_cannot_be_gone_on_from_says_why(uninterrupted, finished, change, words):
@@ -360,7 +359,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_says_why(uninterrupted, finish
     assert "\n" not in str(raised.value)
 
 
-def test_optimizer_state_follows_the_names_of_parameters(uninterrupted, tmp_path):
+def test_optimizer_state_follows_the_names_and_memory_format_of_parameters(uninterrupted, tmp_path):
     run = link_copy(uninterrupted, tmp_path / "run")
     checkpoints_of(run)[0].unlink()
     checkpoint = load_checkpoint(run)  # of step 9, as if parameters had been made in reverse order
@@ -369,6 +368,10 @@ def test_optimizer_state_follows_the_names_of_parameters(uninterrupted, tmp_path
         states = [saved["state"].get(i) for i in group["params"]]
         group["param_names"].reverse()
         saved["state"].update(zip(group["params"], reversed(states)))
+    for of_parameter in saved["state"].values():  # as a device with another memory format saves it
+        for key, value in of_parameter.items():
+            if value.ndim == 4:
+                of_parameter[key] = value.contiguous(memory_format=torch.channels_last)
     resume(checkpoint, run)
     assert_equal_runs(run, uninterrupted)
 
@@ -443,7 +446,7 @@ def test_options_change_the_preset():
     "--train-short-sides 0 64", "--train-short-sides 800 640", "--channels 20"])
 def test_a_value_that_cannot_be_meant_is_refused_in_a_sentence(option):
     name = re.match("--[a-z0-9-]+", option)[0]
-    with pytest.raises(UserError, match=f"^{name} .*: (must be (at least|a mult)|smaller one)"):
+    with pytest.raises(UserError, match=f"^{name} .*: (must be (at least|a mult)|the smaller)"):
         train.parse_arguments(["fcos_R_50_FPN_1x", *option.split()])
 
 
@@ -462,8 +465,8 @@ def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path, capsys):
 def test_boxes_without_a_location_are_counted_and_if_all_are_training_is_refused(
         dataset, tmp_path, capsys):
     main(*TINY, "--data", dataset, "--run-dir", tmp_path / "run", "--steps", 1, "--skip-eval")
-    assert re.search(r"3\d of \d\d boxes get no location", capsys.readouterr().out)
-    with pytest.raises(UserError, match="no location learns any box.*--center-radius"):
+    assert re.search(r"3\d of \d\d boxes are not assigned to any location", capsys.readouterr().out)
+    with pytest.raises(UserError, match="no box is assigned to any location.*--center-radius"):
         main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--center-radius", "0.01")
 
 
