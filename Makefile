@@ -28,6 +28,9 @@ COMMA   := ,
 VISIBLE := $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES))),$(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null))))
 GPUS     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(shell $(PYTHON) -c "import math, train; print(math.gcd($(VISIBLE), train.PRESETS['$(MODEL)'].batch_size))"))
 endif
+ifneq ($(origin GPUS), file)
+$(if $(filter-out $(shell seq 0 64),$(GPUS)),$(error GPUS=$(GPUS): must be a number of processes))
+endif
 TORCHRUN = $(PYTHON) -m torch.distributed.run --nproc-per-node $(GPUS)
 LAUNCH   = $(if $(filter 0,$(GPUS)),CUDA_VISIBLE_DEVICES= $(PYTHON),$(if $(filter 1,$(GPUS)),$(PYTHON),$(TORCHRUN) --standalone))
 ifneq ($(NNODES), 1)
