@@ -262,7 +262,7 @@ def as_tensor(image) -> Tensor:
     if isinstance(image, np.ndarray) and image.ndim == 3:
         image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or \
-            image.dtype != torch.uint8:
+            image.dtype != torch.uint8 or not image.numel():
         got = f"{type(image).__name__} of {getattr(image, 'dtype', '?')}"
         raise UserError(f"image is a {got}, {getattr(image, 'shape', '?')}: must be a path, a "
                         "PIL image, an array (H, W, 3) or a tensor (3, H, W) of uint8 RGB")

@@ -250,8 +250,9 @@ def test_a_detector_takes_an_image_in_any_form(detector, tmp_path):
 
 
 @pytest.mark.parametrize("image", [
-    np.zeros((9, 9, 3)), torch.zeros(9, 9, 3, dtype=torch.uint8), np.zeros((9, 9), np.uint8)],
-    ids=["floats", "channels last", "grey array"])
+    np.zeros((9, 9, 3)), torch.zeros(9, 9, 3, dtype=torch.uint8), np.zeros((9, 9), np.uint8),
+    np.zeros((0, 9, 3), np.uint8)],
+    ids=["floats", "channels last", "grey array", "empty"])
 def test_what_is_no_rgb_image_is_refused(detector, image):
     with pytest.raises(UserError, match="must be a path"):
         detector(image)
