@@ -124,13 +124,21 @@ class Outputs(NamedTuple):
     centerness: Tensor  # (N, L) float32 logits
 
 
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's frozen BatchNorm. Under autocast its float32 statistics would turn bfloat16
+    activations into float32, twice the memory; the result goes back to the input's precision."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
 class Backbone(nn.Module):
     """A torchvision ResNet up to C3, C4, C5 (stride 8, 16, 32)."""
 
     def __init__(self, config: ModelConfig, weights: str = "none"):
         super().__init__()
         if config.backbone_norm == "frozen_batch":
-            norm_layer = FrozenBatchNorm2d
+            norm_layer = FrozenNorm
         else:  # groups of 16 channels (arXiv:1803.08494, Sec. 4.1)
             norm_layer = lambda channels: nn.GroupNorm(channels // 16, channels)  # noqa: E731
         body = torchvision.models.get_model(config.backbone, norm_layer=norm_layer)

@@ -178,12 +178,12 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
                                offset=config.model.location_offset)
     targets = [assign_targets(locations, m.boxes.split(m.counts), m.labels.split(m.counts),
                               config.center_radius or None) for m in microbatches]
-    norm = torch.stack([normalizers(t) for t in targets]).sum(0)                 # (3,)
+    norm = sum(normalizers(t) for t in targets)                                  # (3,)
     if world > 1:
         dist.all_reduce(norm)
 
     optimizer.zero_grad()
-    total = torch.zeros(len(TERMS), device=device)
+    total = 0
     for m, target in zip(microbatches, targets):
         last = m is microbatches[-1]
         with nullcontext() if world == 1 or last else network.no_sync():
@@ -192,7 +192,7 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
             losses = fcos_loss(outputs, target, config.box_loss, norm,
                                locations.stride if config.model.box_unit == "stride" else None)
             sum(losses.values()).backward()
-        total += torch.stack([losses[name].detach() for name in TERMS])
+        total = total + torch.stack([losses[name].detach() for name in TERMS])   # (3,)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if config.grad_clip:

@@ -85,6 +85,11 @@ def test_frozen_stages_have_no_gradient_and_all_else_has(norm, stages):
         assert parameter.requires_grad == expected == (parameter.grad is not None), name
 
 
+def test_activations_keep_their_precision_at_frozen_norms():
+    norm = our.FrozenNorm(8)
+    assert norm(torch.ones(1, 8, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_folded_norms_equal_unfolded_ones():
     model = small_model(backbone="resnet50").eval()
     folded, images = copy.deepcopy(model), torch.randint(0, 256, (1, 3, 64, 96))
