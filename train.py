@@ -579,8 +579,8 @@ def print_plan(run: Run, step: int):
     epochs = config.steps * config.batch_size / images
     print(f"{device}, {dtype_of(config.precision, run.device)}; {config.model.backbone}, "
           f"{parameters:.1f} M parameters; run folder {run.folder}\n"
-          f"{config.steps} steps of {config.batch_size} images ({world} processes x {count} "
-          f"microbatches x {config.batch_size // (world * count)} images) are {epochs:.1f} epochs"
+          f"{config.steps} steps of {config.batch_size} images (processes {world}, "
+          f"microbatches {count} of {config.batch_size // (world * count)}): {epochs:.1f} epochs"
           f"{'; --epochs N makes it fewer' if epochs > 100 else ''}; warm-up "
           f"{min(config.warmup_steps, config.steps // 10)} steps, evaluation every "
           f"{evaluation_interval(config)}")
