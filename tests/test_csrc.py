@@ -4,17 +4,19 @@ import functools
 import itertools
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 
 import csrc
-from conftest import ROOT
 
+ROOT = Path(__file__).parents[1]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 needs_nvcc = pytest.mark.skipif(csrc._cuda_home() is None, reason="needs a CUDA toolkit with nvcc")
@@ -31,7 +33,8 @@ def on(device, *tensors):
 
 # ---- NMS ---------------------------------------------------------------------------------------
 
-KINDS = ("random", "integers", "identical", "reversed", "huge", "nonfinite", "ties", "apart")
+KINDS = ("random", "integers", "identical", "empty", "reversed", "huge", "nonfinite", "ties",
+         "apart")
 
 
 def candidates(K, G, kind="random", seed=0):
@@ -44,7 +47,9 @@ def candidates(K, G, kind="random", seed=0):
     if kind == "integers":
         boxes = boxes.round()
     if kind == "identical":
-        boxes[:] = torch.arange(4.0)
+        boxes[:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    if kind == "empty":
+        boxes[::3, 2:] = boxes[::3, :2]
     if kind == "reversed":
         boxes[::3] = boxes[::3][:, [2, 3, 0, 1]]
     if kind == "huge":
@@ -120,9 +125,9 @@ def float64_focal_loss(logits, labels, alpha=0.25, gamma=2.0, scale=1.0):
     return -(weight * log_p).sum(), torch.where(hot, -slope, slope)
 
 
-def rows(R, C, dtype=torch.float32, device="cpu", seed=0):
+def rows(R, C, dtype=torch.float32, device="cpu", spread=4.0, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    logits = torch.randn(R, C, generator=rng) * 4
+    logits = torch.randn(R, C, generator=rng) * spread
     labels = torch.randint(-1, C, (R,), generator=rng)
     return logits.to(device, dtype).requires_grad_(), labels.to(device)
 
@@ -158,43 +163,86 @@ def test_focal_kernel_equals_float64(kernels, R, C, dtype):
         logits, labels = rows(R, C, dtype, "cuda", seed=seed)
         assert_focal_loss_is_right(logits, labels, gamma=gamma)
         assert_focal_loss_is_right(logits, labels, alpha=0.4, gamma=gamma, scale=scale)
-    shifted = logits.detach().view(-1)[C:].view(-1, C).requires_grad_()  # not aligned
-    assert_focal_loss_is_right(shifted, labels[1:])
-    transposed = logits.detach().t().contiguous().t().requires_grad_()  # not contiguous
-    assert_focal_loss_is_right(transposed, labels)
 
 
 @gpu
-def test_focal_kernel_is_safe_for_logits_of_a_hundred_passes_nan_on_and_can_run_twice(kernels):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_focal_kernel_takes_what_is_not_aligned_or_not_contiguous(kernels, dtype):
+    logits, labels = rows(66, 7, dtype, "cuda")
+    assert_focal_loss_is_right(logits.detach()[1:].requires_grad_(), labels[1:])
+    assert_focal_loss_is_right(logits.detach().t().contiguous().t().requires_grad_(), labels)
+
+
+@gpu
+def test_focal_kernel_is_safe_for_logits_of_a_hundred_and_passes_nan_on(kernels):
     logits = torch.tensor([[100.0, -100, 89, -89], [100, -100, 100, -100]], device="cuda")
     assert_focal_loss_is_right(logits.requires_grad_(), torch.tensor([1, 0], device="cuda"))
     assert csrc.focal_loss(logits * float("nan"), torch.tensor([-1, 0], device="cuda")).isnan()
-    loss = csrc.focal_loss(logits, torch.tensor([1, 0], device="cuda")) * 3
+
+
+@gpu
+def test_focal_loss_can_be_differentiated_twice_over_a_retained_graph(kernels):
+    logits, labels = rows(31, 5, device="cuda")
+    loss = csrc.focal_loss(logits, labels) * 3
     first, = torch.autograd.grad(loss, logits, retain_graph=True)
-    assert torch.autograd.grad(loss, logits)[0].equal(first)
+    second, = torch.autograd.grad(loss, logits)
+    assert first.equal(second)
+    expected = 3 * float64_focal_loss(logits, labels)[1]
+    torch.testing.assert_close(first.double().cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- both kernels ------------------------------------------------------------------------------
 
-@gpu
-@pytest.mark.parametrize("wrong, message", [
+WRONG = [
     (lambda b, s, g: csrc.nms_mask(b[:, :3], s, g, 0.5), r"boxes must be \(K,4\) .* got \[7, 3\]"),
+    (lambda b, s, g: csrc.nms_mask(b.double(), s, g, 0.5), "boxes must be .* Double"),
+    (lambda b, s, g: csrc.nms_mask(b, s[:5], g, 0.5), r"scores must be \(7,\) .* got \[5\]"),
     (lambda b, s, g: csrc.nms_mask(b, s.double(), g, 0.5), "scores must be .* Double"),
     (lambda b, s, g: csrc.nms_mask(b, s, g.int(), 0.5), r"groups must be \(7,\) int64 .* Int"),
     (lambda b, s, g: csrc.nms_mask(b, s, g, 60), r"iou_threshold must be in \[0, 1\], got 60"),
+    (lambda b, s, g: csrc.focal_loss(b[None], g), r"logits must be \(R,C\), got \[1, 7, 4\]"),
     (lambda b, s, g: csrc.focal_loss(b.double(), g), "float16 or bfloat16, got Double"),
     (lambda b, s, g: csrc.focal_loss(b, g[:3]), r"labels must be \(7,\) int64 .* got \[3\]"),
-    (lambda b, s, g: csrc.focal_loss(b, g, scale=s), r"scale must be one float32 .* got \[7\]")])
+    (lambda b, s, g: csrc.focal_loss(b, g, gamma=-1), "gamma must be >= 0, got -1"),
+    (lambda b, s, g: csrc.focal_loss(b, g, scale=s), r"scale must be one float32 .* got \[7\]"),
+]
+
+
+@gpu
+@pytest.mark.parametrize("wrong, message", WRONG)
 def test_wrong_inputs_are_refused_with_what_was_got(kernels, wrong, message):
     with pytest.raises(RuntimeError, match=message):
         wrong(*on("cuda", *candidates(7, 1)))
 
 
+@pytest.fixture
+def run_both(kernels):
+    """A call of both kernels, and what it reads."""
+    case, (logits, labels) = on("cuda", *candidates(5000, 80)), rows(22400, 80, device="cuda")
+    losses = functools.partial(csrc.focal_loss, logits.detach_(), labels)
+    return lambda: (csrc.nms_mask(*case, 0.6), losses()), case, logits
+
+
 @gpu
-def test_kernels_give_the_same_bits_every_run(kernels):
-    case, logits = on("cuda", *candidates(20000, 3, "apart")), rows(22400, 80, device="cuda")
-    first, *others = [(csrc.nms_mask(*case, 0.6), csrc.focal_loss(*logits)) for _ in range(10)]
+def test_kernels_give_the_same_bits_every_run(run_both):
+    case = on("cuda", *candidates(20000, 3, "apart"))  # groups over many blocks
+    run = lambda: (*run_both[0](), csrc.nms_mask(*case, 0.6))  # noqa: E731
+    first, *others = [run() for _ in range(10)]
     assert all(x.equal(y) for other in others for x, y in zip(first, other))
+
+
+@gpu
+def test_kernels_follow_the_current_stream(run_both):
+    run, (boxes, *_), logits = run_both
+    expected, fresh = run(), (boxes.clone(), logits.clone())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        boxes.zero_(), logits.zero_()
+        torch.cuda._sleep(10**8)  # what follows must queue behind this
+        boxes.copy_(fresh[0]), logits.copy_(fresh[1])
+        got = run()
+        torch.cuda.current_stream().synchronize()
+    assert all(x.equal(y) for x, y in zip(got, expected))
 
 
 @two_gpus
@@ -202,6 +250,20 @@ def test_kernels_run_on_the_device_of_their_inputs(kernels):
     case = candidates(1025, 80)
     assert csrc.nms_mask(*on("cuda:1", *case), 0.6).cpu().equal(greedy_nms(*case, 0.6))
     assert_focal_loss_is_right(*rows(65, 80, device="cuda:1"))
+
+
+@gpu
+def test_kernels_can_be_captured_and_replayed(run_both):
+    run, case, _ = run_both
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    for seed in (1, 2):  # new candidates in the same memory
+        for static, fresh in zip(case, candidates(5000, 80, seed=seed)):
+            static.copy_(fresh)
+        graph.replay()
+        assert all(got.equal(expected) for got, expected in zip(outputs, run()))
 
 
 @gpu
@@ -216,6 +278,19 @@ def test_kernels_need_no_host_device_sync(kernels, K):
         csrc.focal_loss(logits, labels, scale=scale).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_kernels_are_clean_under_compute_sanitizer(kernels, tool):
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; from test_csrc import *; csrc.available()\n"
+            "for K in (1, 65, 1025): csrc.nms_mask(*on('cuda', *candidates(K, 7)), 0.6)\n"
+            "csrc.nms_mask(*on('cuda', *candidates(16385, 80)), 0.6)\n"
+            "for C in (3, 80): csrc.focal_loss(*rows(65, C, device='cuda')).mul(2).backward()")
+    subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
+                    "--kernel-regex", "kns=fcos",  # their namespace: leave PyTorch's sorts out
+                    sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
 # ---- build -------------------------------------------------------------------------------------
@@ -251,22 +326,35 @@ def start_builder(**environment):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def begin(folder, **environment):
-    """Start another process that builds, and return when it is in the midst of that."""
-    builder, deadline = start_builder(**environment), time.time() + 60
-    while not list(folder.glob("building-*/fcos.so")):
-        assert time.time() < deadline, "the build has not begun"
-        time.sleep(0.05)
-    return builder
+@pytest.fixture
+def begun(pretend):
+    """Starts another process that builds, and returns when it is in the midst of that."""
+    builders = []
+
+    def begin(**environment):
+        builders.append(start_builder(**environment))
+        deadline = time.time() + 60
+        while not list(pretend.glob("building-*/fcos.so")):
+            assert time.time() < deadline, "the build has not begun"
+            time.sleep(0.05)
+        return builders[0]
+
+    yield begin
+    builders[0].kill()
+    builders[0].communicate()
 
 
-def test_a_build_is_waited_for_and_a_killed_one_does_not_hinder_the_next(
-        pretend, monkeypatch, caplog):
-    builder = begin(pretend, BUILD_SECONDS="60")
-    with monkeypatch.context() as patch:
-        patch.setattr(csrc, "TIMEOUT", 0.2)
-        assert not csrc.available()
-    assert "another process has held" in caplog.text and "lock for 0.2 s" in caplog.text
+def test_nothing_is_built_at_import_or_without_a_gpu(tmp_path):
+    code = ("import csrc; assert csrc.available.cache_info().currsize == 0\n"
+            "assert csrc.available() is False")
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True,
+                         capture_output=True, text=True)
+    assert not run.stdout + run.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_build_killed_half_way_does_not_hinder_the_next(pretend, begun):
+    builder = begun(BUILD_SECONDS="60")
     builder.kill()  # SIGKILL: nothing is cleaned up
     builder.wait()
     assert (pretend / "lock").exists() and list(pretend.glob("building-*"))
@@ -274,11 +362,18 @@ def test_a_build_is_waited_for_and_a_killed_one_does_not_hinder_the_next(
     assert not list(pretend.glob("building-*"))
 
 
-def test_a_failed_build_is_not_repeated_by_those_that_waited_for_it(pretend):
-    builder = begin(pretend, BUILD_SECONDS="2", BUILD_ERROR="1")
+def test_waiting_for_another_builder_ends_with_a_warning(begun, monkeypatch, caplog):
+    begun(BUILD_SECONDS="60")
+    monkeypatch.setattr(csrc, "TIMEOUT", 0.2)
+    assert not csrc.available()
+    assert "another process has held" in caplog.text and "lock for 0.2 s" in caplog.text
+
+
+def test_a_failed_build_is_not_repeated_by_those_that_waited_for_it(pretend, begun):
+    begun(BUILD_SECONDS="2", BUILD_ERROR="1")
     with pytest.raises(RuntimeError, match="has just failed in another process"):
         csrc.library()
-    assert builder.wait() == 1 and (pretend / "runs").read_text() == "x"
+    assert (pretend / "runs").read_text() == "x"
 
 
 def test_two_processes_build_once(pretend):
@@ -302,10 +397,26 @@ def test_a_failed_build_is_told_in_one_line_and_tried_again_later(pretend, monke
     assert csrc.library().read_text() == "whole"
 
 
-def toolkit(folder, libcudart=True):
+def test_what_is_missing_is_named_with_its_remedy(pretend, monkeypatch, caplog):
+    monkeypatch.setattr(csrc, "requirements", lambda: [("ninja", None, "pip install ninja"),
+                                                       ("the rest", "found", "")])
+    assert not csrc.available()
+    assert "missing ninja (pip install ninja)." in caplog.text
+
+
+def test_ninja_beside_python_is_found_though_it_is_not_on_the_path(monkeypatch, tmp_path):
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = {name: found for name, found, _ in csrc.requirements()}
+    assert found["ninja"] == str(tmp_path / "ninja")
+
+
+def toolkit(folder, libcudart=True, release="13.0"):
     (folder / "bin").mkdir(parents=True)
     nvcc = folder / "bin/nvcc"
-    nvcc.write_text(f'#!/bin/sh\necho "#$ TOP={folder}/bin/.." >&2\necho release 13.0\n')
+    nvcc.write_text(f'#!/bin/sh\necho "#$ TOP={folder}/bin/.." >&2\necho release {release}\n')
     nvcc.chmod(0o755)
     if libcudart:
         (folder / "lib64").mkdir()
@@ -314,8 +425,7 @@ def toolkit(folder, libcudart=True):
 
 
 @pytest.mark.parametrize("link", [True, False], ids=["a link", "a script"])
-def test_a_complete_toolkit_is_found_behind_a_link_or_a_script_and_its_major_is_compared(
-        monkeypatch, tmp_path, link):
+def test_cuda_is_found_behind_an_nvcc_that_is_a_link_or_a_script(monkeypatch, tmp_path, link):
     home, on_path = toolkit(tmp_path / "cuda"), tmp_path / "bin/nvcc"
     on_path.parent.mkdir()
     if link:
@@ -323,14 +433,24 @@ def test_a_complete_toolkit_is_found_behind_a_link_or_a_script_and_its_major_is_
     else:
         on_path.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
         on_path.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "headless", libcudart=False)))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("PATH", f"{on_path.parent}:/usr/bin:/bin")
     assert csrc._cuda_home() == home
-    for version, matches in (("13.2", True), ("12.8", False), ("1.3", False)):
-        monkeypatch.setattr(torch.version, "cuda", version)
-        found = {name.partition(",")[0]: found for name, found, _ in csrc.requirements()}
-        assert bool(found[f"CUDA {version.partition('.')[0]}"]) == matches
+
+
+def test_a_toolkit_without_libcudart_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "headless", libcudart=False)))
+    monkeypatch.setenv("CUDA_PATH", str(toolkit(tmp_path / "whole")))
+    assert csrc._cuda_home() == tmp_path / "whole"
+
+
+@pytest.mark.parametrize("release, matches", [("13.2", True), ("12.8", False), ("1.3", False)])
+def test_another_cuda_major_is_not_a_match(monkeypatch, tmp_path, release, matches):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", release=release)))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = {name: found for name, found, _ in csrc.requirements()}
+    assert bool(found["CUDA 13, like PyTorch's"]) == matches
 
 
 def test_diagnosis_names_every_requirement_and_a_failed_build_exits_with_an_error(tmp_path):
