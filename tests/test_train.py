@@ -315,7 +315,7 @@ def test_resume_refuses_another_configuration(uninterrupted, options, words):
 def test_resume_takes_what_may_change(uninterrupted, finished, tmp_path, capsys):
     resume(finished, link_copy(uninterrupted, tmp_path / "run"), "--microbatch", 2, "--log-every",
            3, "--skip-eval")
-    assert "4 microbatches x 2 images" in capsys.readouterr().out
+    assert "microbatches 4 of 2)" in capsys.readouterr().out
 
 
 def other_boxes(content):
