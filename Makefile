@@ -25,26 +25,32 @@ option = $(if $(2),$(1) $(call quote,$(2)))
 # all visible ones that share the preset's batch evenly.
 ifeq ($(origin GPUS), undefined)
 COMMA   := ,
-VISIBLE := $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES))),$(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null))))
-GPUS     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(shell $(PYTHON) -c "import math, train; print(math.gcd($(VISIBLE), train.PRESETS['$(MODEL)'].batch_size))"))
+FOUND   := $(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)))
+LISTED  := $(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES)))
+VISIBLE := $(if $(CUDA_VISIBLE_DEVICES),$(LISTED),$(FOUND))
+SHARED   = import math, train; print(math.gcd($(VISIBLE), train.PRESETS['$(MODEL)'].batch_size))
+GPUS     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(shell $(PYTHON) -c "$(SHARED)"))
 endif
 ifneq ($(origin GPUS), file)
 $(if $(filter-out $(shell seq 0 64),$(GPUS)),$(error GPUS=$(GPUS): must be a number of processes))
 endif
 TORCHRUN = $(PYTHON) -m torch.distributed.run --nproc-per-node $(GPUS)
-LAUNCH   = $(if $(filter 0,$(GPUS)),CUDA_VISIBLE_DEVICES= $(PYTHON),$(if $(filter 1,$(GPUS)),$(PYTHON),$(TORCHRUN) --standalone))
+ALONE    = $(if $(filter 0,$(GPUS)),CUDA_VISIBLE_DEVICES= )$(PYTHON)
+LAUNCH   = $(if $(filter 0 1,$(GPUS)),$(ALONE),$(TORCHRUN) --standalone)
 ifneq ($(NNODES), 1)
-LAUNCH   = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) --rdzv-backend c10d --rdzv-endpoint $(MASTER)
+LAUNCH   = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) --rdzv-backend c10d \
+           --rdzv-endpoint $(MASTER)
 endif
 
 # What eval, predict, plots and export take: WEIGHTS, else RUN, else the last run trained.
 LAST   = $(patsubst %/,%,$(dir $(firstword $(shell ls -t runs/*/checkpoint-*.pt 2>/dev/null))))
-CHOSEN = $(call quote,$(or $(WEIGHTS),$(RUN),$(LAST),$(error no run in runs/ yet: make train first, or name one with RUN=... or WEIGHTS=...)))
+NO_RUN = $(error no run in runs/ yet: make train first, or name one with RUN=... or WEIGHTS=...)
+CHOSEN = $(call quote,$(or $(WEIGHTS),$(RUN),$(LAST),$(NO_RUN)))
 FOLDER = $(call quote,$(or $(DATA),$(error name a COCO-format folder: DATA=...)))
 
 .PHONY: help train resume eval predict check plots export test test-gpu bench clean distclean
 help:
-	@echo "make train    train MODEL on DATA into RUN, then evaluate (default: the demo on generated data)"
+	@echo "make train    train MODEL on DATA into RUN, then evaluate (default: demo, generated data)"
 	@echo "make resume   go on with RUN after an interruption"
 	@echo "make eval     COCO figures of RUN (default: the last run trained) on its validation split"
 	@echo "make predict  draw the objects found in IMAGES=\"a.jpg folder/\""
@@ -65,10 +71,11 @@ help:
 	@echo "PYTHON=  an interpreter that has the packages, instead of $(VENV)"
 
 train: $(READY) $(if $(DATA),,runs/shapes/annotations/instances_val.json)
-	$(LAUNCH) train.py $(MODEL) --data $(call quote,$(or $(DATA),runs/shapes)) $(call option,--run-dir,$(RUN)) $(ARGS)
+	$(LAUNCH) train.py $(MODEL) --data $(call quote,$(or $(DATA),runs/shapes)) \
+		$(call option,--run-dir,$(RUN)) $(ARGS)
 
 resume: $(READY)
-	$(LAUNCH) train.py --resume --run-dir $(call quote,$(or $(RUN),$(LAST),$(error no run in runs/ yet: name one with RUN=...))) $(ARGS)
+	$(LAUNCH) train.py --resume --run-dir $(call quote,$(or $(RUN),$(LAST),$(NO_RUN))) $(ARGS)
 
 eval: $(READY) $(filter $(TORCHVISION),$(WEIGHTS))
 	$(LAUNCH) evaluate.py $(CHOSEN) $(call option,--data,$(DATA)) $(ARGS)
@@ -81,7 +88,8 @@ check: $(READY)
 	$(PYTHON) tools/check_data.py $(FOLDER) $(MODEL) $(ARGS)
 
 plots: $(READY)
-	$(PYTHON) tools/plots.py curves $(CHOSEN) && $(PYTHON) tools/plots.py evaluation $(CHOSEN) $(ARGS)
+	$(PYTHON) tools/plots.py curves $(CHOSEN)
+	$(PYTHON) tools/plots.py evaluation $(CHOSEN) $(ARGS)
 
 export: $(READY)
 	$(PYTHON) tools/export.py $(CHOSEN) $(ARGS)
