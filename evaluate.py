@@ -26,17 +26,17 @@ import json
 import os
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -94,32 +94,29 @@ def print0(text, transient=False):
 
 
 def run_program(main):
-    """Run a command-line program; a UserError ends it with one sentence and exit code 1."""
+    """Run a command-line program; an error of the user's ends it with one sentence."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a class name may not fit the terminal
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()  # a collective: after a failure it may hang
+        return
     except (UserError, OSError) as error:
-        first = True
-        with contextlib.suppress(RuntimeError):  # processes often fail alike: one message is enough
-            first = _store is None or _store.add("failed", 1) == 1
-        sys.exit(f"error: {error}" if first else 1)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        sentence = f"error: {error}"
+    except (MemoryError, RuntimeError) as error:  # a CPU's out of memory is a plain RuntimeError
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and \
+                "DefaultCPUAllocator" not in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: out of memory ({reason}); lower the number of images at once "
-                 "(--batch-size, --microbatch) or their size")
+        sentence = (f"error: out of memory ({reason}); lower the number of images at once "
+                    "(--batch-size, --microbatch) or their size")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """On a CPU, PyTorch raises a plain RuntimeError."""
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "DefaultCPUAllocator" in str(error))
+    first = True
+    with contextlib.suppress(RuntimeError):  # processes often fail alike: one message is enough
+        first = _store is None or _store.add("failed", 1) == 1
+    sys.exit(sentence if first else 1)
 
 
 # --- the detector -------------------------------------------------------------------------------
@@ -161,7 +158,7 @@ class Detector:
         for part in (self.model.backbone, self.model.fpn, self.model.head):
             part.to(dtype)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.seen, self.graphs, self.pool = {}, OrderedDict(), None
+        self.seen, self.graphs, self.pool = Counter(), OrderedDict(), None
 
     @torch.no_grad()
     def __call__(self, image, threshold: float = 0.0, tta: bool = False):
@@ -214,19 +211,23 @@ class Detector:
         A graph saves a thousand kernel launches, which pays off for small batches. Capturing one
         costs as much as several calls, so wait until a shape is seen a third time.
         """
-        shape = tuple(images.shape)
-        self.seen[shape] = self.seen.get(shape, 0) + 1
+        shape, config = tuple(images.shape), self.config
+        locations = make_locations(*shape[2:], offset=config.location_offset, device=self.device)
+
+        def run(images, sizes):
+            return candidates(self.model(images, sizes), locations, sizes, config)
+
+        self.seen[shape] += 1
         if self.device.type != "cuda" or len(images) > 4 or self.seen[shape] < 3:
-            return self._candidates(images.to(self.device, non_blocking=True),
-                                    sizes.to(self.device, non_blocking=True))
+            return run(*(x.to(self.device, non_blocking=True) for x in (images, sizes)))
         if shape not in self.graphs:
-            locations = self._locations(shape)  # cached before the capture, which may not copy
             inputs = [torch.empty_like(x, device=self.device) for x in (images, sizes)]
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
+            # thread_local: a loader's thread may pin memory meanwhile
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-                found = self._candidates(*inputs)  # thread_local: the loader pins memory meanwhile
-            self.graphs[shape] = graph, inputs, found, locations
+                found = run(*inputs)
+            self.graphs[shape] = graph, inputs, found, locations  # all must stay alive
         self.graphs.move_to_end(shape)
         if len(self.graphs) > MAX_GRAPHS:
             self.graphs.popitem(last=False)  # the least recently used one
@@ -235,14 +236,6 @@ class Detector:
             x.copy_(new, non_blocking=True)
         graph.replay()
         return tuple(x.clone() for x in found)  # the next replay writes there
-
-    def _candidates(self, images, sizes):
-        outputs = self.model(images, sizes)
-        return candidates(outputs, self._locations(images.shape), sizes, self.config)
-
-    def _locations(self, shape):
-        offset = self.config.location_offset
-        return make_locations(*shape[2:], offset=offset, device=self.device)
 
 
 def load_detector(path, device=None, precision: str = "auto") -> Detector:
@@ -271,21 +264,12 @@ def as_tensor(image) -> Tensor:
 
 # --- detection over a data set ------------------------------------------------------------------
 
-class Results(NamedTuple):
-    """Detections in many images."""
-    image_ids: np.ndarray  # (K,)
-    boxes: np.ndarray      # (K, 4) float32 xyxy pixels of the original image
-    scores: np.ndarray     # (K,) float32
-    labels: np.ndarray     # (K,) index of the category
-
-
-NOTHING = Results(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32),
-                  np.zeros(0, np.int64))
-
-
 def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_workers=0,
-               tta=False) -> Results | None:
-    """Detections in every image of a split. Processes share the images; rank 0 gets the results."""
+               tta=False) -> list[dict] | None:
+    """Detections in every image of a split, in COCO's results format.
+
+    Processes share the images; rank 0 gets the results, all others None.
+    """
     rank, world = rank_and_world()
     config, annotations = detector.config, dataset.annotations
     requests = data.evaluation_batches(annotations.sizes, 1 if tta else batch_size,
@@ -304,23 +288,24 @@ def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_worke
                 boxes = detector.to_image(d.boxes, size, annotations.sizes[index].tolist())
                 yield index, d._replace(boxes=boxes)
 
-    found, total, start = [NOTHING], sum(map(len, requests)), time.monotonic()
+    results, total, start = [], sum(map(len, requests)), time.monotonic()
     for done, (index, d) in enumerate(detections(), start=1):
-        ids = np.full(len(d.scores), annotations.image_ids[index])
-        found.append(Results(ids, d.boxes.numpy(), d.scores.numpy(), d.labels.numpy()))
+        boxes = box_convert(d.boxes, "xyxy", "xywh").tolist()
+        results += [{"image_id": int(annotations.image_ids[index]), "bbox": box, "score": score,
+                     "category_id": annotations.category_ids[label]}
+                    for box, score, label in zip(boxes, d.scores.tolist(), d.labels.tolist())]
         seconds = time.monotonic() - start
         print0(f"evaluating: {done} of {total} images, {seconds:.0f} s", transient=done < total)
-    results = Results(*(np.concatenate(x) for x in zip(*found)))
-    if world == 1:
-        return results
-    gathered = [None] * world if rank == 0 else None
-    dist.gather_object(results, gathered)
-    return Results(*(np.concatenate(x) for x in zip(*gathered))) if rank == 0 else None
+    if world > 1:
+        gathered = [None] * world
+        dist.gather_object(results, gathered if rank == 0 else None)
+        results = sum(gathered, []) if rank == 0 else None
+    return results
 
 
 # --- COCO figures -------------------------------------------------------------------------------
 
-def coco_evaluation(annotations: Annotations, results: Results):
+def coco_evaluation(annotations: Annotations, results: list[dict]):
     """pycocotools' COCOeval, evaluated. Annotations are numbered from 1: id 0 never matches.
 
     A faulty box becomes one that nothing can hit: with a NaN, everything would.
@@ -329,112 +314,99 @@ def coco_evaluation(annotations: Annotations, results: Results):
     from pycocotools.cocoeval import COCOeval
 
     a = annotations
-    boxes = np.where(data.learnable(a)[:, None], a.boxes, -1.0)
-    rows = zip(a.image_ids[a.image].tolist(), np.array(a.category_ids)[a.labels].tolist(),
-               to_xywh(boxes).tolist(), a.areas.tolist(), a.crowd.astype(int).tolist())
+    boxes = torch.from_numpy(np.where(data.learnable(a)[:, None], a.boxes, -1.0))
+    columns = {"image_id": a.image_ids[a.image], "category_id": np.array(a.category_ids)[a.labels],
+               "bbox": box_convert(boxes, "xyxy", "xywh"), "area": a.areas,
+               "iscrowd": a.crowd.astype(int)}
+    rows = zip(*(column.tolist() for column in columns.values()))
     truth = COCO()
     truth.dataset = {
         "info": {}, "images": [{"id": i} for i in a.image_ids.tolist()],
         "categories": [{"id": i} for i in a.category_ids],
-        "annotations": [dict(id=n, image_id=image, category_id=category, bbox=box, area=area,
-                             iscrowd=crowd)
-                        for n, (image, category, box, area, crowd) in enumerate(rows, start=1)]}
-    found = coco_results(results, a.category_ids)
+        "annotations": [dict(zip(columns, row), id=n) for n, row in enumerate(rows, start=1)]}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth.createIndex()
-        # loadRes refuses an empty list
-        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), "bbox")
+        # loadRes refuses an empty list, and adds fields to what it gets
+        found = truth.loadRes([dict(row) for row in results]) if results else COCO()
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
 
 
-def to_xywh(boxes):
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-
-
-def coco_results(results: Results, category_ids) -> list[dict]:
-    """Detections in the COCO results format."""
-    rows = zip(results.image_ids.tolist(), results.labels.tolist(),
-               to_xywh(results.boxes).tolist(), results.scores.tolist())
-    return [dict(image_id=image, category_id=category_ids[label], bbox=box, score=score)
-            for image, label, box, score in rows]
-
-
-def coco_metrics(evaluation, annotations: Annotations, results: Results) -> dict:
+def coco_metrics(evaluation, annotations: Annotations, results: list[dict]) -> dict:
     """The 12 COCO figures, and AP, AP50 and counts of each class; -1 without ground truth."""
-    a, classes = annotations, []
+    a = annotations
     precision = evaluation.eval["precision"][..., 0, -1]  # (10 IoUs, 101 recalls, C)
-    for label, name in enumerate(a.category_names):
-        classes.append({"name": name, "AP": float(precision[:, :, label].mean()),
-                        "AP50": float(precision[0, :, label].mean()),
-                        "boxes": int((a.labels[~a.crowd] == label).sum()),
-                        "detections": int((results.labels == label).sum())})
+    boxes = np.bincount(a.labels[~a.crowd], minlength=len(a.category_ids)).tolist()
+    detections = Counter(row["category_id"] for row in results)
+    classes = [{"name": name, "AP": float(precision[:, :, label].mean()),
+                "AP50": float(precision[0, :, label].mean()), "boxes": boxes[label],
+                "detections": detections[a.category_ids[label]]}
+               for label, name in enumerate(a.category_names)]
     return {"figures": dict(zip(FIGURES, evaluation.stats.tolist())), "classes": classes}
 
 
-def explain(metrics: dict, annotations: Annotations, results: Results) -> list[str]:
+def explain(metrics: dict) -> list[str]:
     """Why figures are -1 or 0, a sentence each."""
-    boxes = int((~annotations.crowd).sum())
+    figures, classes = metrics["figures"], metrics["classes"]
+    boxes, detections = (sum(c[key] for c in classes) for key in ("boxes", "detections"))
     if boxes == 0:
-        return [f"every figure is -1: {annotations.path} has no boxes to find (crowds aside)"]
-    if len(results.scores) == 0:
+        return ["every figure is -1: the split has no boxes to find (crowds aside)"]
+    if detections == 0:
         return [f"every figure is 0: no detection scored above the threshold, against {boxes} true "
                 "boxes; train longer, start from pretrained weights, or lower --score-threshold"]
-    sentences = []
-    if metrics["figures"]["AP"] < 0.01:
+    sentences, reasons = [], {}
+    if figures["AP"] < 0.01:
         sentences.append("the detector has learned too little: train longer, or start from "
                          "pretrained weights (--init-from, --backbone-weights)")
     for size, bounds in (("small", "smaller than 32 x 32"), ("medium", "of 32 x 32 to 96 x 96"),
                          ("large", "larger than 96 x 96")):
-        reason = {-1.0: f"-1: no true box is {bounds} pixels",
-                  0.0: f"0: no true box {bounds} pixels was found"}
-        if (value := metrics["figures"][f"AP {size}"]) in reason:
-            sentences.append(f"AP {size} is {reason[value]}")
-    by_reason = {}
-    for c in metrics["classes"]:
+        if (AP := figures[f"AP {size}"]) <= 0:
+            sentences.append(f"AP {size} is " + (
+                f"-1: no true box is {bounds} pixels" if AP < 0 else
+                f"0: no true box {bounds} pixels was found"))
+    for c in classes:
         if c["AP"] <= 0:
             reason = ("-1, as the class has no true box" if c["AP"] < 0 else
                       "0, as the class was never detected" if not c["detections"] else
                       "0, as all its detections have an IoU below 0.5 or another class")
-            by_reason.setdefault(reason, []).append(c["name"])
-    return sentences + [f"AP is {r}: {', '.join(names)}" for r, names in by_reason.items()]
+            reasons.setdefault(reason, []).append(c["name"])
+    return sentences + [f"AP is {why}: {', '.join(names)}" for why, names in reasons.items()]
 
 
-def print_metrics(metrics, all_classes=False, shown=8):
-    """The classes, at most the best and worst `shown` unless `all_classes`, then the figures."""
-    classes = sorted(metrics["classes"], key=lambda c: -c["AP"])
-    if len(classes) <= 2 * shown or all_classes:
-        classes = metrics["classes"]
-    else:
+def print_metrics(metrics: dict, all_classes=False, shown=8):
+    """The classes (at most the best and worst `shown`), what explains a zero, the figures."""
+    figures, classes = metrics["figures"], metrics["classes"]
+    if len(classes) > 2 * shown and not all_classes:
         print(f"\nthe best and worst {shown} of {len(classes)} classes; --all-classes shows all")
-        classes = classes[:shown] + classes[-shown:]
+        by_AP = sorted(classes, key=lambda c: -c["AP"])
+        classes = by_AP[:shown] + by_AP[-shown:]
     width = max(len(c["name"]) for c in classes)
     print(f"\n{'class':<{width}}     AP   AP50   boxes  detections")
     for c in classes:
         print(f"{c['name']:<{width}} {c['AP']:6.3f} {c['AP50']:6.3f} {c['boxes']:7d} "
               f"{c['detections']:11d}")
-    print()
+    print("", *explain(metrics), sep="\n")
     for start in (9, 6, 3, 0):
-        print("   ".join(f"{name:<9} {metrics['figures'][name]:6.3f}"
-                         for name in FIGURES[start:start + 3]))
+        print("   ".join(f"{name:<9} {figures[name]:6.3f}" for name in FIGURES[start:start + 3]))
     print(flush=True)
 
 
 def check_categories(annotations: Annotations, ids: list[int], names: list[str], owner: str):
     """Refuse data whose categories are not those of `owner`."""
-    theirs = set(zip(annotations.category_ids, annotations.category_names))
-    ours = set(zip(ids, names))
-    if theirs != ours:
-        here, there = (", ".join(f"{i} {name!r}" for i, name in sorted(x)[:10]) or "none"
-                       for x in (theirs - ours, ours - theirs))
-        raise UserError(f"{annotations.path}: its categories are not those of {owner}; only here: "
-                        f"{here}; only there: {there}; give both the same list of categories")
+    here, there = (set(zip(*x)) for x in (
+        (annotations.category_ids, annotations.category_names), (ids, names)))
+    if here != there:
+        differ = ", ".join(f"{id} {name!r} is only {'here' if (id, name) in here else 'there'}"
+                           for id, name in sorted(here ^ there)[:20])
+        raise UserError(f"{annotations.path}: its categories are not those of {owner}: {differ}; "
+                        "give both the same list of categories")
 
 
-def evaluate(detector: Detector, dataset: CocoDataset, category_ids, out=None, all_classes=False,
-             **options) -> dict | None:
+def evaluate(detector: Detector, dataset: CocoDataset, category_ids, out: Path | None = None,
+             all_classes=False, **options) -> dict | None:
     """Evaluate on a split; returns the metrics on rank 0. `options`: of `detect_all`.
 
     With a folder `out`, prints them and writes out/detections.png, and in out/eval results.json
@@ -446,16 +418,14 @@ def evaluate(detector: Detector, dataset: CocoDataset, category_ids, out=None, a
     if results is None:
         return None
     metrics = coco_metrics(coco_evaluation(annotations, results), annotations, results)
-    if out is None:
-        return metrics
-    print_metrics(metrics, all_classes)
-    for sentence in explain(metrics, annotations, results):
-        print(sentence, flush=True)
-    folder = make_folder(Path(out) / "eval", "--out")
-    for name, content in (("results", coco_results(results, category_ids)), ("metrics", metrics)):
-        atomic_write(folder / f"{name}.json", lambda file: file.write(json.dumps(content).encode()))
-    draw_grid(Path(out) / "detections.png", dataset, results, detector.names)
-    print(f"{Path(out) / 'detections.png'} shows some images, {folder} has all boxes and figures")
+    if out:
+        print_metrics(metrics, all_classes)
+        (out / "eval").mkdir(parents=True, exist_ok=True)
+        for name, content in (("results", results), ("metrics", metrics)):
+            text = json.dumps(content).encode()
+            atomic_write(out / "eval" / f"{name}.json", lambda file: file.write(text))
+        draw_grid(out / "detections.png", dataset, results)
+        print(f"{out / 'detections.png'} shows some images, {out / 'eval'} has all figures")
     return metrics
 
 
@@ -482,54 +452,51 @@ def draw(image: Tensor, boxes, labels, texts, side, truth=()) -> Tensor:
     return image
 
 
-def draw_grid(path, dataset: CocoDataset, results: Results, names, threshold=0.3, count=12):
+def draw_grid(path, dataset: CocoDataset, results: list[dict], threshold=0.3, count=12):
     """Write a grid of evenly chosen images, their detections above `threshold`, truth in white."""
-    tiles, side = [], 320
+    a, tiles, side = dataset.annotations, [], 320
     for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int):
-        mine = results.image_ids == dataset.annotations.image_ids[i]
-        mine &= results.scores >= threshold
-        texts = [f"{names[label]} {score:.2f}"
-                 for label, score in zip(results.labels[mine], results.scores[mine])]
-        image = draw(dataset.image(i), results.boxes[mine], results.labels[mine], texts, side,
+        rows = [row for row in results
+                if row["image_id"] == a.image_ids[i] and row["score"] >= threshold]
+        boxes = torch.tensor([row["bbox"] for row in rows]).view(-1, 4)
+        labels = [a.category_ids.index(row["category_id"]) for row in rows]
+        texts = [f"{a.category_names[k]} {row['score']:.2f}" for k, row in zip(labels, rows)]
+        image = draw(dataset.image(i), box_convert(boxes, "xywh", "xyxy"), labels, texts, side,
                      truth=dataset.targets(i)[0])
-        tile = torch.full((3, side, side), 255, dtype=torch.uint8)
-        tile[:, :image.shape[1], :image.shape[2]] = image
-        tiles.append(tile)
+        _, h, w = image.shape
+        tiles.append(transforms.pad(image, [0, 0, side - w, side - h], fill=255))
     grid = make_grid(tiles, nrow=4, padding=6, pad_value=255)
     transforms.to_pil_image(grid).save(path)
 
 
 # --- prediction ---------------------------------------------------------------------------------
 
-def predict(detector: Detector, paths: list[Path], out, threshold=0.3, tta=False) -> list[Path]:
+def predict(detector: Detector, paths: list[Path], out: Path, threshold=0.3, tta=False) -> int:
     """Write a picture of each image file and detections.json, of all scores, to `out`.
 
-    Files that cannot be read are reported and returned; the remaining files are still processed.
+    Files that cannot be read are reported and counted; the remaining files are still processed.
     """
-    found, unreadable, used = [], [], set()
-    originals = {path.resolve() for path in paths}
-    for path in paths:
+    found, originals = [], {path.resolve() for path in paths}
+    for n, path in enumerate(paths, start=1):
+        picture = out / f"{n:03d}-{path.stem}.png"
+        if picture.resolve() in originals:
+            raise UserError(f"{path}: would be overwritten; name another folder with --out")
         try:
             image = as_tensor(path)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            unreadable.append(path)
             continue
         d = detector(image, tta=tta)
         shown = int((d.scores >= threshold).sum())  # they are the first
         texts = [f"{name} {score:.2f}" for _, score, name in d][:shown]
-        picture = next(name for n in range(1, len(paths) + 1)
-                       if (name := f"{path.stem}{f'-{n}' if n > 1 else ''}.png") not in used)
-        used.add(picture)
-        if (out / picture).resolve() in originals:
-            raise UserError(f"{path}: would be overwritten; name another folder with --out")
         drawn = draw(image, d.boxes[:shown], d.labels[:shown], texts, max(640, *image.shape[1:]))
-        transforms.to_pil_image(drawn).save(out / picture)
+        transforms.to_pil_image(drawn).save(picture)
+        boxes = box_convert(d.boxes, "xyxy", "xywh").tolist()
         found.append({
-            "file": os.fsencode(path).decode(errors="backslashreplace"), "picture": picture,
+            "file": os.fsencode(path).decode(errors="backslashreplace"), "picture": picture.name,
             "width": image.shape[2], "height": image.shape[1], "detections": [
                 {"bbox": [round(x, 2) for x in box], "score": round(score, 5), "category": name}
-                for box, (_, score, name) in zip(to_xywh(d.boxes.numpy()).tolist(), d)]})
+                for box, (_, score, name) in zip(boxes, d)]})
         best = ""
         if len(d) and not shown:
             best = f"; best score {d.scores[0]:.3f} ({d.names[0]}), below {threshold:g}"
@@ -537,7 +504,7 @@ def predict(detector: Detector, paths: list[Path], out, threshold=0.3, tta=False
     text = json.dumps(found, indent=1, ensure_ascii=False)
     atomic_write(out / "detections.json", lambda file: file.write(text.encode(errors="replace")))
     print(f"pictures and detections.json in {out}", flush=True)
-    return unreadable
+    return len(paths) - len(found)
 
 
 def image_files(paths) -> list[Path]:
@@ -551,19 +518,6 @@ def image_files(paths) -> list[Path]:
             raise UserError(f"{path}: no image file in this folder")
         files += inside
     return files
-
-
-def make_folder(path, option) -> Path:
-    """A folder to write to; `option` names another on the command line."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be created as a folder ({error.strerror}); name another "
-                        f"with {option}") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{path}: cannot be written to; name another folder with {option}")
-    return path
 
 
 def main(argv=None):
@@ -595,14 +549,15 @@ def main(argv=None):
     names = checkpoint["categories"]["names"]
     detector = Detector(build_model(checkpoint, args.weights), names, device, args.precision)
     run = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
-    out = make_folder(args.out or (run / "predictions" if args.images else run), "--out")
+    out = Path(args.out or (run / "predictions" if args.images else run))
+    out.mkdir(parents=True, exist_ok=True)
     if args.images:
         if rank_and_world()[0] > 0:
             return
-        unreadable = predict(detector, image_files(args.images), out, args.threshold, args.tta)
-        if unreadable:
-            raise UserError(f"{len(unreadable)} files could not be read, see above; all others "
-                            "were processed")
+        paths = image_files(args.images)
+        if unreadable := predict(detector, paths, out, args.threshold, args.tta):
+            raise UserError(f"{unreadable} files could not be read, see above; all others were "
+                            "processed")
         return
     trained = checkpoint["config"]
     root = args.data or trained.get("data")

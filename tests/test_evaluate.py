@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_convert
 
 import data
 import evaluate
 import train
 from conftest import ROOT, SHARED, edit, finish, link_copy, start
 from data import UserError
-from evaluate import Detector, Results
+from evaluate import Detector
 from make_shapes import SHAPES, make_shapes
 from model import CHECKPOINT_FORMAT, FCOS, ModelConfig
 
@@ -69,13 +70,17 @@ def changed(root, folder, change):
 
 
 def truth_as_detections(a):
-    keep = ~a.crowd
-    return Results(a.image_ids[a.image[keep]], a.boxes[keep].astype(np.float32),
-                   np.ones(keep.sum(), np.float32), a.labels[keep])
+    boxes = box_convert(torch.from_numpy(a.boxes).float(), "xyxy", "xywh").tolist()
+    return [dict(image_id=int(a.image_ids[a.image[k]]), category_id=a.category_ids[a.labels[k]],
+                 bbox=boxes[k], score=1.0) for k in np.flatnonzero(~a.crowd)]
 
 
 def metrics_of(a, results):
     return evaluate.coco_metrics(evaluate.coco_evaluation(a, results), a, results)
+
+
+def with_scores(results, scores):
+    return [row | {"score": float(score)} for row, score in zip(results, scores)]
 
 
 # --- the figures are COCO's ---------------------------------------------------------------------
@@ -109,9 +114,9 @@ def test_a_false_detection_between_two_true_ones_costs_what_it_must(shapes, tmp_
                                   for x in (1, 25)]
 
     a = changed(shapes, tmp_path, two_boxes).annotations
-    boxes = [[1, 2, 21, 22], [1, 30, 21, 48], [25, 2, 45, 22]]  # right, wrong, right
-    found = Results(np.ones(3, int), np.array(boxes, np.float32), np.array([0.9, 0.8, 0.7]),
-                    np.zeros(3, int))
+    boxes = [[1, 2, 20, 20], [1, 30, 20, 18], [25, 2, 20, 20]]  # right, wrong, right
+    found = [dict(image_id=1, category_id=1, bbox=box, score=score)
+             for box, score in zip(boxes, (0.9, 0.8, 0.7))]
     metrics = metrics_of(a, found)
     # precision is 1 at the recalls 0, 0.01 .. 0.5 and 2/3 at 0.51 .. 1
     assert metrics["figures"]["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
@@ -121,14 +126,10 @@ def test_a_false_detection_between_two_true_ones_costs_what_it_must(shapes, tmp_
 @pytest.mark.skipif(not (SHARED / "coco_mini").exists(), reason="no ../shared/data/coco_mini")
 def test_figures_are_those_of_pycocotools_on_real_annotations_with_crowds():
     a, random = val_of(SHARED / "coco_mini").annotations, np.random.default_rng(0)
-    truth = truth_as_detections(a)
-    found = truth._replace(boxes=truth.boxes + random.normal(0, 8, truth.boxes.shape),
-                           scores=random.random(len(truth.scores)))
+    found = [row | dict(bbox=(row["bbox"] + random.normal(0, 8, 4)).tolist(),
+                        score=random.random()) for row in truth_as_detections(a)]
     theirs = COCO(a.path)
-    rows = [{"image_id": int(i), "category_id": a.category_ids[label], "score": float(score),
-             "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]}
-            for i, (x0, y0, x1, y1), score, label in zip(*found)]
-    evaluation = COCOeval(theirs, theirs.loadRes(rows), "bbox")
+    evaluation = COCOeval(theirs, theirs.loadRes([dict(row) for row in found]), "bbox")
     evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     figures = metrics_of(a, found)["figures"]
     assert list(figures.values()) == evaluation.stats.tolist() and 0.05 < figures["AP"] < 0.95
@@ -140,8 +141,8 @@ def test_a_faulty_true_box_is_an_object_that_nothing_hits(shapes, tmp_path, bbox
     a = changed(shapes, tmp_path, lambda c: c["annotations"][0].update(bbox=bbox)).annotations
     label = int(a.labels[0])
     boxes = int((a.labels == label).sum())
-    rising = np.linspace(0.5, 1, len(clean.scores))  # so its own detection comes last
-    figures = metrics_of(a, clean._replace(scores=rising))
+    rising = np.linspace(0.5, 1, len(clean))  # so its own detection comes last
+    figures = metrics_of(a, with_scores(clean, rising))
     assert figures["figures"]["AP"] < 1 and figures["classes"][label]["boxes"] == boxes
     recalls = np.linspace(0, 1, 101) <= (boxes - 1) / boxes
     assert figures["classes"][label]["AP"] == pytest.approx(recalls.mean())
@@ -150,31 +151,31 @@ def test_a_faulty_true_box_is_an_object_that_nothing_hits(shapes, tmp_path, bbox
 # --- a zero is explained ------------------------------------------------------------------------
 
 def explained(a, results):
-    return "; ".join(evaluate.explain(metrics_of(a, results), a, results))
+    return "; ".join(evaluate.explain(metrics_of(a, results)))
 
 
 def test_0_without_a_detection_and_minus_1_without_a_true_box_are_explained(shapes, tmp_path):
     a = val_of(shapes).annotations
-    assert metrics_of(a, evaluate.NOTHING)["figures"]["AP"] == 0
-    assert "every figure is 0: no detection scored above" in explained(a, evaluate.NOTHING)
+    assert metrics_of(a, [])["figures"]["AP"] == 0
+    assert "every figure is 0: no detection scored above" in explained(a, [])
     a = changed(shapes, tmp_path, lambda content: content.update(annotations=[])).annotations
-    assert set(metrics_of(a, evaluate.NOTHING)["figures"].values()) == {-1}
-    assert "every figure is -1: " in explained(a, evaluate.NOTHING)
+    assert set(metrics_of(a, [])["figures"].values()) == {-1}
+    assert "every figure is -1: " in explained(a, [])
 
 
 def test_a_missed_class_and_an_absent_size_are_explained(shapes):
     a = val_of(shapes).annotations
     truth = truth_as_detections(a)
-    sentences = explained(a, Results(*(column[truth.labels != 1] for column in truth)))
+    sentences = explained(a, [row for row in truth if row["category_id"] != 2])
     assert "AP large is -1: no true box is larger than 96 x 96 pixels" in sentences
     assert "AP is 0, as the class was never detected: ellipse" in sentences
-    sentences = explained(a, truth._replace(boxes=truth.boxes + 1000))
+    sentences = explained(a, [row | {"bbox": [1000, 1000, 9, 9]} for row in truth])
     assert "have an IoU below 0.5 or another class: rectangle, ellipse, triangle" in sentences
 
 
 def test_other_categories_than_the_detectors_are_refused_by_name(shapes, tmp_path, detector):
     dataset = changed(shapes, tmp_path, lambda c: c["categories"][1].update(name="oval"))
-    with pytest.raises(UserError, match="only here: 2 'oval'; only there: 2 'ellipse'"):
+    with pytest.raises(UserError, match="2 'ellipse' is only there, 2 'oval' is only here"):
         evaluate.evaluate(detector, dataset, [1, 2, 3])
 
 
@@ -193,11 +194,11 @@ def test_every_image_is_detected_once_in_its_own_pixels(shapes, tta):
     dataset = val_of(shapes)
     a, fake = dataset.annotations, WholeImages(FCOS(replace(SMALL, short_side=50)), SHAPES, "cpu")
     results = evaluate.detect_all(fake, dataset, batch_size=4, tta=tta)
-    order = results.image_ids.argsort()
-    assert results.image_ids[order].tolist() == sorted(a.image_ids.tolist())
+    results.sort(key=lambda row: row["image_id"])
+    assert [row["image_id"] for row in results] == sorted(a.image_ids.tolist())
     height, width = a.sizes[a.image_ids.argsort()].T
     whole = np.stack([0 * width, 0 * height, width, height], axis=1)
-    np.testing.assert_allclose(results.boxes[order], whole, atol=1e-3)
+    np.testing.assert_allclose([row["bbox"] for row in results], whole, atol=1e-3)
 
 
 def test_two_processes_find_what_one_finds(shapes, checkpoint, tmp_path, capsys):
@@ -298,7 +299,8 @@ def test_prediction_writes_pictures_and_all_boxes_and_says_the_best_score(
     rows = json.loads((out / "detections.json").read_text())
     assert [Path(row["file"]).name for row in rows] == ["grey.png", "alpha.png", "colour.jpg",
                                                         "grey.png"]
-    assert [row["picture"] for row in rows] == ["grey.png", "alpha.png", "colour.png", "grey-2.png"]
+    assert [row["picture"] for row in rows] == [
+        "001-grey.png", "002-alpha.png", "003-colour.png", "004-grey.png"]
     assert all((out / row["picture"]).exists() and row["width"] == 90 for row in rows)
     scores = [d["score"] for d in rows[0]["detections"]]
     assert len(scores) == 100 and scores == sorted(scores, reverse=True)
@@ -330,11 +332,13 @@ def test_prediction_reports_unreadable_files_and_does_the_others(checkpoint, tmp
 
 
 def test_prediction_never_overwrites_the_photo(checkpoint, tmp_path):
-    Image.new("RGB", (90, 60)).save(tmp_path / "photo.png")
-    before = (tmp_path / "photo.png").read_bytes()
+    photos = [tmp_path / "photo.png", tmp_path / "001-photo.png"]
+    for photo in photos:
+        Image.new("RGB", (90, 60)).save(photo)
+    before = photos[1].read_bytes()
     with pytest.raises(SystemExit, match="photo.png: would be overwritten; .*--out"):
-        main(checkpoint, "--images", tmp_path / "photo.png", "--out", tmp_path)
-    assert (tmp_path / "photo.png").read_bytes() == before
+        main(checkpoint, "--images", *photos, "--out", tmp_path)
+    assert photos[1].read_bytes() == before
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -357,7 +361,7 @@ def test_an_error_ends_the_program_in_a_sentence(error, sentence):
     (["nowhere"], "nowhere: no such file"),
     ([ROOT / "tests"], "tests: no checkpoint-*.pt here"),
     (["tests", "--batch-size", "0"], "--batch-size must be at least 1"),
-    (["CHECKPOINT", "--out", "CHECKPOINT"], "model.pt: cannot be created as a folder"),
+    (["CHECKPOINT", "--out", "CHECKPOINT"], "model.pt"),
     (["CHECKPOINT", "--images", "FOLDER"], "no image file in this folder")])
 def test_wrong_options_end_in_one_sentence(options, sentence, checkpoint, tmp_path, capsys):
     paths = {"CHECKPOINT": checkpoint, "FOLDER": tmp_path}

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.ops import box_convert
 
 import data
 import evaluate
@@ -30,8 +32,9 @@ def drawn(monkeypatch):
 def detections(dataset):
     """All true boxes as detections with score 0.9."""
     a = dataset.annotations
-    return evaluate.Results(a.image_ids[a.image], a.boxes.astype(np.float32),
-                            np.full(len(a.image), 0.9, np.float32), a.labels)
+    boxes = box_convert(torch.from_numpy(a.boxes), "xyxy", "xywh").tolist()
+    return [dict(image_id=int(a.image_ids[i]), category_id=a.category_ids[label], bbox=box,
+                 score=0.9) for i, label, box in zip(a.image, a.labels, boxes)]
 
 
 def test_targets_of_the_example_are_counted_and_only_levels_that_learn_are_drawn(tmp_path, capsys):
@@ -84,8 +87,8 @@ def test_a_detection_is_judged_above_the_threshold_and_a_low_one_leaves_its_obje
     found = detections(dataset)
     i = int(np.bincount(dataset.annotations.image).argmax())
     first, second, third = np.flatnonzero(dataset.annotations.image == i)[:3].tolist()
-    found.boxes[first] += 1000  # misses
-    found.scores[second] = 0.29
+    found[first]["bbox"][0] += 1000  # misses
+    found[second]["score"] = 0.29
     evaluation = evaluate.coco_evaluation(dataset.annotations, found)
     verdict = plots.judge(evaluation, dataset.annotations, found)[i]
     assert verdict["wrong"] == [first] and sorted(verdict["missed"]) == [first, second]
@@ -102,9 +105,8 @@ def test_pictures_of_an_evaluation_are_written_and_those_of_an_older_one_removed
     with pytest.raises(data.UserError, match="results.json: no such file"):
         plots.main(["evaluation", str(tmp_path)])
     folder.mkdir()
-    for name, results in (("all right", detections(dataset)), ("none", evaluate.NOTHING)):
-        text = json.dumps(evaluate.coco_results(results, a.category_ids))
-        (folder / "results.json").write_text(text)
+    for name, results in (("all right", detections(dataset)), ("none", [])):
+        (folder / "results.json").write_text(json.dumps(results))
         plots.main(["evaluation", str(tmp_path)])
         pictures = {path.stem for path in folder.glob("*.png")}
         other = "best" if name == "all right" else "worst"

@@ -53,7 +53,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FrozenBatchNorm2d, batched_nms, sigmoid_focal_loss
+from torchvision.ops import FrozenBatchNorm2d, batched_nms, box_convert, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms import functional as pil_transforms
 
@@ -63,7 +63,7 @@ import csrc  # noqa: E402
 import data  # noqa: E402
 import export  # noqa: E402
 from assign import assign_targets, make_locations  # noqa: E402
-from evaluate import Detector, dtype_of, run_program, to_xywh  # noqa: E402
+from evaluate import Detector, dtype_of, run_program  # noqa: E402
 from import_weights import convert  # noqa: E402
 from model import FCOS, atomic_write  # noqa: E402
 from train import PRESETS, prepare, training_step  # noqa: E402
@@ -181,8 +181,9 @@ def coco_folder(folder, N, height, width, G=20):
     """Write a COCO-format folder of N photographs, all in the split train."""
     boxes, labels = boxes_in(N, G, height, width)
     images = [dict(id=i, file_name=f"{i}.jpg", height=height, width=width) for i in range(N)]
-    annotations = [dict(id=n, image_id=n // G, category_id=label, bbox=box) for n, (label, box) in
-                   enumerate(zip(labels.flatten().tolist(), to_xywh(boxes.view(-1, 4)).tolist()))]
+    boxes = box_convert(boxes.view(-1, 4), "xyxy", "xywh").tolist()
+    annotations = [dict(id=n, image_id=n // G, category_id=label, bbox=box)
+                   for n, (label, box) in enumerate(zip(labels.flatten().tolist(), boxes))]
     for name in ("annotations", "train"):
         Path(folder, name).mkdir()
     for i in range(N):

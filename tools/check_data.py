@@ -122,7 +122,8 @@ def check_annotations(dataset: CocoDataset, entries: list[dict], training: bool,
             "annotate objects; where there are boxes, see the other findings")
 
     # Boxes that are not learned, each with one reason, or only in part.
-    learnable, xywh = data.learnable(a), evaluate.to_xywh(a.boxes)
+    learnable = data.learnable(a)
+    xywh = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
     left = ~learnable
     for what, rows in (("with a coordinate that is not finite", ~np.isfinite(xywh).all(axis=1)),
                        ("of negative width or height", (xywh[:, 2:] < 0).any(axis=1)),
@@ -314,7 +315,8 @@ def main(argv=None):
         raise UserError("--fix repairs one file; name it with --split")
     if args.fix and os.path.lexists(args.fix):
         raise UserError(f"{args.fix}: exists and is not overwritten; name a new file for --fix")
-    out = evaluate.make_folder(args.out, "--out")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     kinds = {"train": config.train_split, "val": config.val_split}
     if args.split:
         kinds = {"val" if args.split.startswith("val") else "train": args.split}

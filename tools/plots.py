@@ -40,7 +40,7 @@ THRESHOLD = 0.3  # final score from which a detection is judged
 
 
 def save(image: Image.Image, path: Path):
-    evaluate.make_folder(path.parent, "--out")
+    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: image.save(file, "png"))
     print(path)
 
@@ -265,20 +265,15 @@ def draw_evaluation(args):
             print(f"no {path}: there is nothing to show at score {THRESHOLD}")
 
 
-def read_results(path: Path, annotations: data.Annotations) -> evaluate.Results:
+def read_results(path: Path, annotations: data.Annotations) -> list[dict]:
     """The detections that evaluate.py wrote."""
     if not path.exists():
         raise UserError(f"{path}: no such file; write it with python evaluate.py RUN")
-    rows = json.loads(path.read_text())
-    image_ids = np.array([row["image_id"] for row in rows], np.int64)
-    if not np.isin(image_ids, annotations.image_ids).all():
+    results = json.loads(path.read_text())
+    if not {row["image_id"] for row in results} <= set(annotations.image_ids.tolist()):
         raise UserError(f"{path}: is not of {annotations.path}; name what was evaluated with "
                         "--data and --val-split")
-    boxes = np.array([row["bbox"] for row in rows], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    labels = [annotations.category_ids.index(row["category_id"]) for row in rows]
-    return evaluate.Results(image_ids, boxes, np.array([row["score"] for row in rows], np.float32),
-                            np.array(labels, np.int64))
+    return results
 
 
 def precision_recall(evaluation, names) -> Image.Image:
@@ -299,20 +294,20 @@ def precision_recall(evaluation, names) -> Image.Image:
                   Panel(f"precision, IoU 0.5, {title}", "recall", by_class, unit, unit)])
 
 
-def judge(evaluation, annotations, results: evaluate.Results) -> dict[int, dict[str, list[int]]]:
+def judge(evaluation, annotations, results: list[dict]) -> dict[int, dict[str, list[int]]]:
     """Image -> what was right and wrong (indices of detections) and missed (of annotations).
 
     By pycocotools' matching at IoU 0.5. It matches the best scores first, so detections below the
     threshold change nothing above it.
     """
     index = {id: i for i, id in enumerate(annotations.image_ids.tolist())}
-    drawable = data.learnable(annotations)
+    drawable, scores = data.learnable(annotations), np.array([row["score"] for row in results])
     verdicts = defaultdict(lambda: {"right": [], "wrong": [], "missed": []})
     for e in evaluation.evalImgs:                                   # one class in one image
         if e is None or e["aRng"] != evaluation.params.areaRng[0]:  # the first one: all areas
             continue
         detections, match = np.array(e["dtIds"], np.int64) - 1, e["dtMatches"][0]  # ids: from 1
-        confident = results.scores[detections] >= THRESHOLD
+        confident = scores[detections] >= THRESHOLD
         counts = confident & (e["dtIgnore"][0] == 0)
         verdict = verdicts[index[e["image_id"]]]
         verdict["right"] += detections[counts & (match > 0)].tolist()
@@ -331,7 +326,7 @@ def choose(verdicts, results, count=8) -> dict[str, list[int]]:
         [i for i, v in verdicts.items() if any(v[name] for name in names)]
         for names in (["right"], ["wrong"], ["wrong", "missed"]))
     right.sort(key=lambda i: (-f1(verdicts[i]), -len(verdicts[i]["right"])))
-    wrong.sort(key=lambda i: -results.scores[verdicts[i]["wrong"]].max())
+    wrong.sort(key=lambda i: -max(results[d]["score"] for d in verdicts[i]["wrong"]))
     faulty.sort(key=lambda i: f1(verdicts[i]))
     return {"best": right[:count], "worst": faulty[:count], "wrong": wrong[:count]}
 
@@ -343,8 +338,10 @@ def judged(dataset, names, results, i, verdict, side=480) -> tuple[str, Tensor]:
     drawn = [(0, a.boxes[m], names[a.labels[m]], "blue") for m in verdict["missed"]]
     for name, color in (("right", "green"), ("wrong", "red")):
         for d in verdict[name]:
-            text = f"{names[results.labels[d]]} {results.scores[d]:.2f}"
-            drawn.append((results.scores[d], results.boxes[d], text, color))
+            row = results[d]
+            x, y, w, h = row["bbox"]
+            text = f"{names[a.category_ids.index(row['category_id'])]} {row['score']:.2f}"
+            drawn.append((row["score"], (x, y, x + w, y + h), text, color))
     drawn.sort(key=lambda one: one[0])  # the best on top
     _, boxes, texts, colors = zip(*drawn)
     boxes = torch.tensor(np.array(boxes)).clamp(0, max(image.shape)) * scale

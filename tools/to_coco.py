@@ -146,7 +146,7 @@ def main(argv=None):
     splits = list(read_voc(src) if (src / "Annotations").is_dir() else read_yolo(src, names))
     classes = {its_class for *_, entries in splits for *_, objects in entries
                for its_class, *_ in objects} | names.items()
-    evaluate.make_folder(out / "annotations", "--out")
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
     for split, images, entries in splits:
         write_split(out, split, images, entries, sorted(classes))
 
