@@ -113,9 +113,10 @@ def run_program(main):
                     "(--batch-size, --microbatch) or their size")
     except KeyboardInterrupt:
         sys.exit(130)
-    first = True
-    with contextlib.suppress(RuntimeError):  # processes often fail alike: one message is enough
+    try:  # processes often fail alike: one message is enough
         first = _store is None or _store.add("failed", 1) == 1
+    except RuntimeError:  # rank 0, which holds the store, has ended
+        first = False
     sys.exit(sentence if first else 1)
 
 

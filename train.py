@@ -234,20 +234,17 @@ def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.C
         raise UserError(f"{a.path}: this data has changed since {run} started; restore the "
                         f"original, or {restart}")
     load_weights(model, checkpoint["model"], f"{run}: weights do not match this model; {restart}")
-    try:  # by name: parameters may come in another order, and the optimizer checks no shapes
-        saved, state = checkpoint["optimizer"], optimizer.state_dict()
-        theirs, ours = ([name for group in x["param_groups"] for name in group["param_names"]]
-                        for x in (saved, state))
-        state["state"] = {ours.index(name): saved["state"][i] for i, name in enumerate(theirs)
-                          if i in saved["state"]}
-        optimizer.load_state_dict(state)
-        fits = set(theirs) == set(ours)
-        for p, of_parameter in optimizer.state.items():
-            for key, value in of_parameter.items():
-                if isinstance(value, Tensor) and value.ndim:
+    try:  # an optimizer matches its state by position, so the names must be in the same order
+        saved = checkpoint["optimizer"]
+        theirs, ours = ([group["param_names"] for group in x["param_groups"]]
+                        for x in (saved, optimizer.state_dict()))
+        optimizer.load_state_dict(saved)
+        fits = theirs == ours
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                if value.ndim:  # to the memory format of the weight, which depends on the device
                     fits = fits and value.shape == p.shape
-                    # Fused updates need the memory format of the weights, which the device decides.
-                    of_parameter[key] = torch.empty_like(p).copy_(value)
+                    state[key] = torch.empty_like(p).copy_(value)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         fits = False
     if not fits:
@@ -256,22 +253,21 @@ def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.C
 
 def init_from(model: FCOS, path, names: list[str]):
     """Take over the weights of another checkpoint, and the class outputs of equal names."""
-    checkpoint = load_checkpoint(path)
-    theirs, ours = checkpoint["model"], model.state_dict()
-    rows = {name: i for i, name in enumerate(checkpoint["categories"]["names"])}
-    shared = [(i, rows[name]) for i, name in enumerate(names) if name in rows]
-    taken = {key: value for key, value in theirs.items()
-             if key in ours and value.shape == ours[key].shape and "cls_logits" not in key}
+    checkpoint, ours = load_checkpoint(path), model.state_dict()
+    theirs, row = checkpoint["model"], checkpoint["categories"]["names"].index
+    shared = [name for name in names if name in checkpoint["categories"]["names"]]
     for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
-        if key in theirs and theirs[key].shape[1:] == ours[key].shape[1:]:
-            taken[key] = ours[key].clone()
-            for i, row in shared:
-                taken[key][i] = theirs[key][row]
-    fresh = sorted(ours.keys() - taken.keys())
+        rows = theirs.pop(key)
+        if rows.shape[1:] == ours[key].shape[1:]:
+            theirs[key] = ours[key].clone()
+            for name in shared:
+                theirs[key][names.index(name)] = rows[row(name)]
+    taken = {key: value for key, value in theirs.items()
+             if key in ours and value.shape == ours[key].shape}
     model.load_state_dict(taken, strict=False)
+    fresh = ", ".join(sorted(ours.keys() - taken.keys())) or "none"
     print0(f"{path}: loaded {len(taken)} of {len(ours)} tensors, and the outputs of {len(shared)} "
-           f"of {len(names)} classes by name; newly initialised: "
-           f"{', '.join(fresh)[:200] or 'none'}")
+           f"of {len(names)} classes by name; newly initialised: {fresh[:200]}")
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -469,15 +465,16 @@ def loop(run: Run, progress: Progress, stop_signals: list):
         last = done == config.steps
         log, evaluation = done % config.log_every == 0 or last, done % eval_every == 0 or last
         minutes = (time.monotonic() - progress.saved_at) / 60
-        checkpoint = (done % config.checkpoint_every == 0 or evaluation or done >= progress.stop_at
+        checkpoint = (done % config.checkpoint_every == 0 or evaluation
                       or rank == 0 and minutes > config.checkpoint_minutes)
         progress.read(0 if log or checkpoint else progress.lag)
+        stop = done >= progress.stop_at
         if log:
             progress.log()
-        if checkpoint or done >= progress.stop_at:
+        if checkpoint or stop:
             progress.read(lag=0)
             save(run, progress)
-        if done >= progress.stop_at and not last:
+        if stop and not last:
             print0(f"\nstopped by a signal after step {done}; continue with: make resume "
                    f"RUN={run.folder}")
             if world > 1:
@@ -710,7 +707,7 @@ def refuse_to_overwrite(folder: Path):
 def lock(folder: Path, fresh: bool):
     """Claim the folder for as long as this process lives; a fresh run overwrites no other."""
     if rank_and_world()[0] == 0:
-        evaluate.make_folder(folder, "RUN=... (--run-dir)")
+        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
