@@ -103,9 +103,9 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
     box = torch.cat(boxes).to(device, torch.float32)                             # (B, 4)
     label = torch.cat(labels).to(device)                                         # (B,)
     B = len(box)
-    counts = torch.tensor([len(b) for b in boxes], pin_memory=device.type == "cuda")
-    image = torch.arange(N, device=device).repeat_interleave(                    # (B,)
-        counts.to(device, non_blocking=True), output_size=B)
+    image = [n for n, b in enumerate(boxes) for _ in range(len(b))]
+    image = torch.tensor(image, dtype=torch.int64, pin_memory=device.type == "cuda")
+    image = image.to(device, non_blocking=True)                                  # (B,)
 
     # Sorted by area (stable: equal areas keep their order), a box's index is its rank: lowest wins.
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])

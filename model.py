@@ -168,12 +168,12 @@ def load_backbone_weights(body: nn.Module, name: str, weights: str):
     if weights == "none":
         return
     if weights == "imagenet":
-        entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-        remedy = "pass it with --backbone-weights FILE, or train with --backbone-weights none"
-        state = download(entry, remedy)
+        state = download(torchvision.models.get_model_weights(name).IMAGENET1K_V1,
+                         "pass it with --backbone-weights FILE, or train with --backbone-weights "
+                         "none")
     else:
         state = read_archive(weights)
-    state = {k: v for k, v in state.items() if not str(k).startswith("fc.")}
+    state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
     load_weights(body, state, f"{weights} is not the weights of a {name}")
 
 
@@ -214,7 +214,7 @@ def upsample(x: Tensor, shape) -> Tensor:
 
 
 class Head(nn.Module):
-    """What is predicted at every location of one level; shared by all levels (Sec. 3.2, Fig. 2)."""
+    """What is predicted at every location; shared by all levels (Sec. 3.2, Fig. 2)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -239,10 +239,28 @@ class Head(nn.Module):
         # Every location starts as background with probability 0.99 (arXiv:1708.02002, Sec. 4.1).
         nn.init.constant_(self.cls_logits.bias, -math.log(0.99 / 0.01))
 
-    def forward(self, p):
-        cls_features, box_features = self.cls_tower(p), self.box_tower(p)
-        centerness = self.centerness(box_features if self.centerness_on_box_tower else cls_features)
-        return self.cls_logits(cls_features), self.box_pred(box_features), centerness
+    def forward(self, pyramid):
+        """S x (N, channels, H, W) -> logits (N, L, C), box (N, L, 4), centerness (N, L)."""
+        C, on_box = self.cls_logits.out_channels, self.centerness_on_box_tower
+        last = [self.centerness]
+        cls = predict(pyramid, self.cls_tower, [self.cls_logits, *last[on_box:]])  # (N, L, >= C)
+        box = predict(pyramid, self.box_tower, [self.box_pred, *last[not on_box:]])  # (N, L, 8)
+        return cls[..., :C], box[..., :4], box[..., 4] if on_box else cls[..., C]
+
+
+def predict(pyramid, tower, convs):
+    """The outputs of 3 x 3 convolutions after a tower, side by side: (N, L, channels).
+
+    They run as one, padded to a multiple of 8 channels: with fewer, cuDNN has no channels_last
+    kernel, and copies every input.
+    """
+    weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in
+                    ("weight", "bias"))
+    padding = -len(bias) % 8
+    weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, padding))
+    bias = nn.functional.pad(bias, (0, padding))
+    outputs = [nn.functional.conv2d(tower(p), weight, bias, padding=1) for p in pyramid]
+    return torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in outputs], dim=1)
 
 
 class FCOS(nn.Module):
@@ -255,6 +273,7 @@ class FCOS(nn.Module):
         self.fpn = FPN(self.backbone.channels, config.channels)
         self.head = Head(config)
         self.scales = nn.Parameter(torch.ones(len(STRIDES)))
+        self.register_buffer("strides", torch.tensor(STRIDES), persistent=False)
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(getattr(config, name)).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
@@ -268,18 +287,15 @@ class FCOS(nn.Module):
         """
         x = self.normalize(images, image_sizes)                       # (N, 3, H, W)
         pyramid = self.fpn(*self.backbone(x))                         # S x (N, channels, H/s, W/s)
-        logits, ltrb, centerness = [], [], []
-        for p, stride, scale in zip(pyramid, STRIDES, self.scales):
-            level_logits, level_box, level_centerness = self.head(p)
-            level_box = level_box.float() * scale.float()
-            if self.config.box_unit == "pixel":
-                level_box = level_box.clamp(max=16).exp()  # inf would have NaN as its gradient
-            else:
-                level_box = level_box.relu() * stride
-            logits.append(_by_location(level_logits))
-            ltrb.append(_by_location(level_box))
-            centerness.append(_by_location(level_centerness.float()).squeeze(-1))
-        return Outputs(*(torch.cat(x, dim=1) for x in (logits, ltrb, centerness)))
+        logits, box, centerness = self.head(pyramid)
+        in_pixels = self.config.box_unit == "pixel"
+        factors = self.scales if in_pixels else self.scales * self.strides
+        factor = torch.cat([factor.expand(p.shape[2] * p.shape[3])
+                            for factor, p in zip(factors, pyramid)])  # (L,)
+        box = box.float() * factor[:, None]
+        # inf would have NaN as its gradient
+        ltrb = box.clamp(max=16).exp() if in_pixels else box.relu()
+        return Outputs(logits, ltrb, centerness.float())
 
     def normalize(self, images, image_sizes):
         x = (images.float() - self.pixel_mean) / self.pixel_std
@@ -291,10 +307,6 @@ class FCOS(nn.Module):
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.to(weight.dtype, memory_format=torch.channels_last if channels_last
                     else torch.contiguous_format)
-
-
-def _by_location(x):
-    return x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, C, H, W) -> (N, H*W, C)
 
 
 def fold_frozen_norms(model: nn.Module):
@@ -335,7 +347,7 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     """
     N, L, C = outputs.logits.shape
     k, S = config.candidates_per_level, len(locations.levels)
-    centerness = outputs.centerness[..., None]                                     # (N, L, 1)
+    centerness = outputs.centerness.sigmoid()[..., None]                           # (N, L, 1)
 
     # The top k of a level's H*W*C scores are at the k locations with the best top class.
     top_class = outputs.logits.amax(-1, keepdim=True)                              # (N, L, 1)
@@ -344,7 +356,7 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     longest = torch.sym_max(k, cells[0])
     best = torch.stack([nn.functional.pad(level, (0, longest - level.shape[1]), value=-1.0)
                         for level in best.split(cells, dim=1)], dim=1)             # (N, S, longest)
-    best, location = best.topk(k)                                                  # (N, S, k)
+    best, location = best.topk(k, sorted=False)                                    # (N, S, k)
     location = (location + locations.first[:, None]).clamp(max=L - 1).flatten(1)   # (N, S*k)
 
     def at(x, location):
@@ -359,21 +371,24 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     ltrb = at(outputs.ltrb, location)                                              # (N, K, 4)
     xy = evenly_spaced(locations) if config.location_spacing == "even" else locations.xy
     xy = xy[location]                                                              # (N, K, 2)
-    boxes = torch.cat([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=-1)
-    width_height = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)       # (N, 1, 4)
-    boxes = torch.minimum(boxes.clamp(min=0), width_height)
-    has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)  # false for locations in the padding
-    return boxes, scores * has_area, labels
+    corners = torch.stack([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=2)         # (N, K, 2, 2)
+    width_height = image_sizes.flip(1)[:, None, None]                              # (N, 1, 1, 2)
+    corners = torch.minimum(corners.clamp(min=0), width_height)
+    has_area = (corners[:, :, 1] > corners[:, :, 0]).all(-1)  # not for locations in the padding
+    return corners.flatten(2), scores * has_area, labels
 
 
 def final_scores(logits, centerness, config: ModelConfig):
-    """Scores that rank candidates, 0 below the threshold. (..., C), (..., 1) -> (..., C)."""
+    """Scores that rank candidates, 0 below the threshold. `centerness` is a probability.
+
+    (..., C), (..., 1) -> (..., C)
+    """
     score = logits.float().sigmoid()
-    final = score * centerness.sigmoid()
+    final = score * centerness
     if config.sqrt_score:
         final = final.sqrt()
     compared = score if config.threshold_on == "class" else final
-    return torch.where(compared > config.score_threshold, final, 0.0)
+    return final * (compared > config.score_threshold)
 
 
 def nms_mask(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
@@ -467,21 +482,17 @@ def load_checkpoint(path) -> dict:
             if file is files[-1]:
                 raise
             print(f"{error}; trying the checkpoint before it", file=sys.stderr, flush=True)
-    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+    try:
+        ids, names = (checkpoint["categories"][key] for key in ("ids", "names"))
+        model = config_from_dict(ModelConfig, checkpoint["config"]["model"], file)
+        ours = (checkpoint["format"] == CHECKPOINT_FORMAT and type(checkpoint["step"]) is int
+                and isinstance(checkpoint["model"], dict)
+                and len(ids) == len(names) == model.num_classes)
+    except (LookupError, TypeError, AttributeError):
+        ours = False
+    if not ours:
         raise UserError(f"{file}: not a checkpoint of this version of the code; for weights of "
                         "another codebase see tools/import_weights.py")
-    parts = {"config": dict, "model": dict, "categories": dict, "step": int}
-    for name, kind in parts.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{file}: has no usable {name!r}; it was not written by this code")
-    try:
-        model = config_from_dict(ModelConfig, checkpoint["config"]["model"], file)
-        named = {len(checkpoint["categories"].get(key, ())) for key in ("ids", "names")}
-    except (LookupError, TypeError, AttributeError):
-        raise UserError(f"{file}: its configuration or categories were not written by this code") \
-            from None
-    if named != {model.num_classes}:
-        raise UserError(f"{file}: does not name its {model.num_classes} categories")
     checkpoint["config"]["model"] = {f.name: getattr(model, f.name) for f in fields(model)}
     return checkpoint
 
@@ -500,12 +511,10 @@ def read_archive(path) -> dict:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
         if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"{path}: refused, as it holds a Python object ({name[1]}) and loading one can run "
-                "any code; if you trust it, save its weights alone: torch.save("
-                'torch.load(FILE, weights_only=False)["model"], NEW)') from None
-        reason = type(error).__name__
-        raise UserError(f"{path}: damaged, or not a PyTorch file ({reason})") from None
+            raise UserError(f"{path}: holds a Python object ({name[1]}), and loading one can run "
+                            "any code; if you trust it, save its tensors alone") from None
+        raise UserError(f"{path}: damaged, or not a PyTorch file ({type(error).__name__})") \
+            from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights")
     return loaded
