@@ -22,14 +22,15 @@ quote = '$(subst ','\'',$(1))'
 option = $(if $(2),$(1) $(call quote,$(2)))
 
 # One process for a CPU or one GPU, torchrun for more; GPUS=0 hides the GPUs. Unless GPUS is given,
-# all visible ones that share the preset's batch evenly.
+# all visible ones that share the preset's batch evenly (found out once, when first needed).
 ifeq ($(origin GPUS), undefined)
 COMMA   := ,
 FOUND   := $(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)))
 LISTED  := $(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES)))
 VISIBLE := $(if $(CUDA_VISIBLE_DEVICES),$(LISTED),$(FOUND))
 SHARED   = import math, train; print(math.gcd($(VISIBLE), train.PRESETS['$(MODEL)'].batch_size))
-GPUS     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(shell $(PYTHON) -c "$(SHARED)"))
+ONCE     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(shell $(PYTHON) -c "$(SHARED)"))
+GPUS     = $(eval GPUS := $$(ONCE))$(GPUS)
 endif
 ifneq ($(origin GPUS), file)
 $(if $(filter-out $(shell seq 0 64),$(GPUS)),$(error GPUS=$(GPUS): must be a number of processes))
