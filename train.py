@@ -448,12 +448,11 @@ def loop(run: Run, progress: Progress, stop_signals: list):
     steps, eval_every = range(progress.step, config.steps), evaluation_interval(config)
     requests = data.microbatches(run.sampler, steps, run.microbatches, rank, world)
     batches = data.batches(run.dataset, requests, config.num_workers, run.device.type == "cuda")
-    stream = torch.cuda.Stream() if run.device.type == "cuda" else None  # of copies to the device
     if progress.step and (progress.step % eval_every == 0 or progress.step == config.steps):
         evaluate_step(run, progress)  # unless it was done before the interruption
     for step in steps:
         waiting = time.monotonic()
-        microbatches = [next(batches).to(run.device, stream) for _ in range(run.microbatches)]
+        microbatches = [next(batches).to(run.device) for _ in range(run.microbatches)]
         progress.waited += time.monotonic() - waiting
         torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for a dropout, if you add one
         lr = lr_at(step, config)
