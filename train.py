@@ -615,24 +615,8 @@ def parse_arguments(argv):
     begin.add_argument("--init-from", metavar="FILE",
                        help="start with the weights of a run or checkpoint; classes may differ")
     parser.add_argument("--skip-eval", action="store_true", help="train without evaluating")
-    for title, owner in (("training", config), ("model", config.model)):
-        group, source = parser.add_argument_group(title), inspect.getsource(type(owner))
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.+(?:\n    #   .+)*)$", source, re.M))
-        for f in fields(owner):
-            if f.name in ("model", "num_classes"):  # num_classes is the data's
-                continue
-            default, kind = getattr(owner, f.name), type(f.default)
-            options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
-            if get_origin(f.type) is Literal:
-                options = {"choices": get_args(f.type)}
-            elif kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            elif kind is tuple:
-                options |= {"type": type(f.default[0]), "nargs": len(f.default)}
-            text = re.sub(r"\n    # +", " ", comments[f.name]).replace("%", "%%")
-            text += f" (default: {default})" if default != "" else ""
-            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-                               help=text, **options)
+    add_options(parser.add_argument_group("training"), config)
+    add_options(parser.add_argument_group("model"), config.model)
     args = parser.parse_args(argv)
     if args.preset not in (None, name):
         parser.error(f"name the preset first: {args.preset}")
@@ -646,8 +630,28 @@ def parse_arguments(argv):
     return args
 
 
+def add_options(group, config):
+    """An option for every field of a configuration; its help is the comment behind the field."""
+    source = inspect.getsource(type(config))
+    for f in fields(config):
+        comment = re.search(rf"^    {f.name}: .*?  # (.+(?:\n    #   .+)*)$", source, re.M)
+        if comment and f.name != "num_classes":  # which is the data's
+            kind, default = type(f.default), getattr(config, f.name)
+            options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
+            if get_origin(f.type) is Literal:
+                options = {"choices": get_args(f.type)}
+            elif kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif kind is tuple:
+                options |= {"type": type(f.default[0]), "nargs": len(f.default)}
+            text = re.sub(r"\n    # +", " ", comment[1]).replace("%", "%%")
+            text += f" (default: {default})" if default != "" else ""
+            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                               help=text, **options)
+
+
 def load_run(args) -> tuple[TrainConfig, dict | None]:
-    """The configuration, and the checkpoint to go on from; no run is ever overwritten."""
+    """The configuration, and the checkpoint to go on from, if any."""
     folder = args.run_dir
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     if args.resume or restarted and checkpoints_of(folder):
