@@ -16,7 +16,6 @@ Letters: I images, A annotations and B boxes of a split, N images of a batch, G 
 C classes.
 """
 
-import itertools
 import json
 import math
 import os
@@ -24,6 +23,8 @@ import re
 import shutil
 import sys
 import traceback
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -67,64 +68,56 @@ def find_split(root, kind: str, split: str = "") -> tuple[Path, Path]:
     """
     root = Path(root)
     splits = sorted(path.stem.removeprefix("instances_")
-                    for path in (root / "annotations").glob("instances_*.json"))
+                    for path in root.glob("annotations/instances_*.json"))
     if not splits:
         raise UserError(f"{root}: no annotations/instances_<split>.json, so not a COCO-format data "
                         "set; tools/to_coco.py converts YOLO and VOC folders")
-    found = ([split] if split in splits else [] if split else
-             [s for s in splits if s == f"{kind}2017"] or [s for s in splits if s.startswith(kind)])
+    name = split or f"{kind}2017"
+    found = [name] if name in splits else [s for s in splits if s.startswith(kind) and not split]
     if len(found) != 1:
         raise UserError(f"{root}/annotations: {len(found) or 'no'} splits match {split or kind!r} "
                         f"among {', '.join(splits)}; name one with --{kind}-split")
-    folders = [root / found[0], root / "images" / found[0]]
-    images = next((folder for folder in folders if folder.is_dir()), None)
-    if images is None:
-        raise UserError(f"{root}: no image folder {found[0]}/ or images/{found[0]}/; put the image "
-                        "files into one of them")
-    return root / "annotations" / f"instances_{found[0]}.json", images
+    for images in (root / found[0], root / "images" / found[0]):
+        if images.is_dir():
+            return root / "annotations" / f"instances_{found[0]}.json", images
+    raise UserError(f"{root}: no image folder {found[0]}/ or images/{found[0]}/; put the image "
+                    "files into one of them")
 
 
 def _is_int(v):
-    return (type(v) is int or type(v) is float and v.is_integer()) and abs(v) < 2**53
-
-
-def _is_bbox(v):
-    return type(v) is list and len(v) == 4 and all(
-        type(x) is float or type(x) is int and abs(x) < 2**53 for x in v)
-
-
-def _is_side(v):
-    return _is_int(v) and 0 < v <= 10**6
+    return type(v) in (int, float) and v % 1 == 0 and abs(v) < 2**53
 
 
 def _is_name(v):
     return type(v) is str and 0 < len(v) < 500 and not re.search("[\0-\x1f\x7f\ud800-\udfff]", v)
 
 
+INTEGER = (_is_int, "an integer", None)
+PIXELS = (lambda v: _is_int(v) and 0 < v <= 10**6, "a number of pixels", None)
 FIELDS = {  # what the reader needs of COCO format: table -> field -> (test, expected, default)
-    "categories": {"id": (_is_int, "an integer", None), "name": (_is_name, "a text", None)},
+    "categories": {"id": INTEGER, "name": (_is_name, "a text", None)},
     "images": {
-        "id": (_is_int, "an integer", None),
+        "id": INTEGER,
         "file_name": (lambda v: _is_name(v) and not os.path.isabs(v) and ".." not in Path(v).parts,
                       "a path inside the image folder", None),
-        "height": (_is_side, "a number of pixels", None),
-        "width": (_is_side, "a number of pixels", None)},
+        "height": PIXELS,
+        "width": PIXELS},
     "annotations": {
-        "image_id": (_is_int, "an integer", None),
-        "category_id": (_is_int, "an integer", None),
-        "bbox": (_is_bbox, "four numbers [x, y, width, height]", None),
+        "image_id": INTEGER,
+        "category_id": INTEGER,
+        "bbox": (lambda v: type(v) is list and len(v) == 4
+                 and all(type(x) is float or _is_int(x) for x in v),
+                 "four numbers [x, y, width, height]", None),
         "iscrowd": (lambda v: v in (0, 1), "0 or 1", 0)},
 }
 
 
 def read_json(path) -> dict:
     """The three tables of a COCO-format file, without polygons, most of such a file."""
-    def without_polygons(pairs):
-        return {key: value for key, value in pairs if key != "segmentation"}
-
     try:
         with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file, object_pairs_hook=without_polygons)
+            content = json.load(file, object_pairs_hook=lambda pairs: {
+                key: value for key, value in pairs if key != "segmentation"})
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise UserError(f"{path}: cannot be read as JSON ({error}); is it complete?") from None
     for table in FIELDS:
@@ -134,6 +127,7 @@ def read_json(path) -> dict:
     return content
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of boxes that are not finite
 def read_annotations(path, content: dict | None = None) -> Annotations:
     """Read a COCO-format file, or its content. The first entry that is not COCO is a UserError."""
     content = content or read_json(path)
@@ -145,63 +139,57 @@ def read_annotations(path, content: dict | None = None) -> Annotations:
     columns = {}
     for table, tests in FIELDS.items():
         for key, (valid, expected, default) in tests.items():
-            column = columns[table, key] = [e.get(key, default) for e in content[table]]
-            for i, value in enumerate(column):
+            columns[table, key] = [entry.get(key, default) for entry in content[table]]
+            for i, value in enumerate(columns[table, key]):
                 if not valid(value):
                     refuse(table, i, f"has {key} {value!r:.80} instead of {expected}")
-    index = {}
-    for table in ("categories", "images"):
-        index[table] = {}
+    index = {"categories": {}, "images": {}}  # id -> position in the table
+    for table, positions in index.items():
         for i, id in enumerate(columns[table, "id"]):
-            if index[table].setdefault(id, i) != i:
+            if positions.setdefault(id, i) != i:
                 refuse(table, i, "has the id of another; ids must be unique")
-        if not content[table]:
+        if not positions:
             raise UserError(f"{path}: its list of {table} is empty; export it again")
     for key, table in (("image_id", "images"), ("category_id", "categories")):
         for i, id in enumerate(columns["annotations", key]):
             if id not in index[table]:
                 refuse("annotations", i, f"has {key} {id}, which is not among the {table}")
 
-    image = np.array([index["images"][id] for id in columns["annotations", "image_id"]], np.int64)
-    order = image.argsort(kind="stable")
-    ids = sorted(index["categories"])
-    label = {id: i for i, id in enumerate(ids)}
-    names = [columns["categories", "name"][index["categories"][id]] for id in ids]
     xywh = np.array(columns["annotations", "bbox"], np.float64).reshape(-1, 4)
-    if len(xywh) and (np.abs(xywh) <= 1).all(axis=1).mean() > 0.5:  # no box of a pixel is learned
+    if (np.abs(xywh) <= 1).all(axis=1).sum() > len(xywh) / 2:  # no box of a pixel is learned
         refuse("annotations", 0, f"has bbox {content['annotations'][0]['bbox']}, normalised like "
                "most here; multiply by the image's width and height")
-    with np.errstate(over="ignore", invalid="ignore"):
-        boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        areas = xywh[:, 2:].clip(0).prod(axis=1)
-    given = [e.get("area") for e in content["annotations"]]
-    areas = [a if type(a) in (int, float) and 0 <= a <= 1e10 else of_box
-             for a, of_box in zip(given, np.nan_to_num(areas).clip(0, 1e10).tolist())]
-
-    labels = [label[id] for id in columns["annotations", "category_id"]]
+    of_boxes = np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1)).clip(0, 1e10).tolist()
+    given = [entry.get("area") for entry in content["annotations"]]
+    areas = [area if type(area) in (int, float) and 0 <= area <= 1e10 else of_box
+             for area, of_box in zip(given, of_boxes)]
+    ids, names = zip(*sorted(zip(columns["categories", "id"], columns["categories", "name"])))
+    image = np.array([index["images"][id] for id in columns["annotations", "image_id"]], np.int64)
+    order = image.argsort(kind="stable")
     return Annotations(
         path=str(path), image_ids=np.array(columns["images", "id"], np.int64),
         file_names=np.array(columns["images", "file_name"]),
         sizes=np.array([columns["images", "height"], columns["images", "width"]], np.int64).T,
-        image=image[order], boxes=boxes[order], labels=np.array(labels, np.int64)[order],
+        image=image[order],
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)[order],
+        labels=np.searchsorted(ids, columns["annotations", "category_id"])[order],
         areas=np.array(areas, np.float64)[order],
         crowd=np.array(columns["annotations", "iscrowd"], bool)[order],
-        category_ids=[int(id) for id in ids], category_names=names)
+        category_ids=[int(id) for id in ids], category_names=list(names))
 
 
 def clip(annotations: Annotations) -> np.ndarray:
     """The boxes inside their images, (A, 4) float32."""
-    height, width = annotations.sizes[annotations.image].T
-    edges = np.stack([width, height, width, height], axis=1)
+    edges = annotations.sizes[annotations.image][:, [1, 0, 1, 0]]
     return annotations.boxes.clip(0, edges).astype(np.float32)
 
 
+@np.errstate(invalid="ignore")
 def learnable(annotations: Annotations) -> np.ndarray:
     """Which boxes can be learned, (A,) bool: finite, with an area inside their image."""
-    with np.errstate(invalid="ignore"):
-        clipped = clip(annotations)
-        has_area = (clipped[:, 2:] - clipped[:, :2] >= 1e-3).all(axis=1)
-        return np.isfinite(annotations.boxes).all(axis=1) & has_area
+    clipped = clip(annotations)
+    has_area = (clipped[:, 2:] - clipped[:, :2] >= 1e-3).all(axis=1)
+    return np.isfinite(annotations.boxes).all(axis=1) & has_area
 
 
 # --- 2. sampling --------------------------------------------------------------------------------
@@ -217,9 +205,8 @@ class Request(NamedTuple):
 
 def resized(height, width, short_side, long_side, enlarge=True) -> tuple[int, int]:
     """The size with a short side of `short_side`, or less where `long_side` would be exceeded."""
-    scale = min(short_side / min(height, width), long_side / max(height, width))
-    if not enlarge:
-        scale = min(scale, 1.0)
+    scale = min(short_side / min(height, width), long_side / max(height, width),
+                math.inf if enlarge else 1.0)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -234,39 +221,34 @@ def canvas_for(sizes, sides=()) -> tuple[int, int]:
                  for pixels in map(max, zip(*sizes)))
 
 
+@dataclass(eq=False)
 class TrainSampler:
     """What a training step sees: a pure function of (seed, step), the same in every process.
 
     An epoch is a permutation of the images, tall and wide ones apart so that little is padded, cut
     into batches, whose order is shuffled. Images drawn from all fill up the last one.
     """
+    sizes: np.ndarray                          # (I, 2) heights and widths of the split
+    images: np.ndarray                         # indices of the images to train on
+    batch_size: int
+    seed: int
+    short_sides: tuple[int, int] = (800, 800)  # pixels; smallest and largest short side
+    long_side: int = 1333                      # pixels
+    enlarge: bool = True
+    flip: float = 0.5                          # probability of a horizontal flip
+    canvas_sides: int = 0                      # padded heights and widths; 0: multiples of 32
 
-    def __init__(self, sizes, images, batch_size, seed, short_sides=(800, 800), long_side=1333,
-                 enlarge=True, flip=0.5, canvas_sides=0):
-        """
-        Args:
-            sizes: (I, 2) heights and widths of the split.
-            images: indices of the images to train on.
-            short_sides: smallest and largest short side, pixels.
-            flip: probability of a horizontal flip.
-            canvas_sides: how many padded heights and widths may occur; 0: any multiple of 32.
-        """
-        self.sizes, self.images, self.batch_size, self.seed = sizes, images, batch_size, seed
-        self.short_sides, self.long_side, self.enlarge = short_sides, long_side, enlarge
-        self.flip = flip
-        largest = [resized(h, w, short_sides[1], long_side, enlarge)
-                   for h, w in np.unique(sizes, axis=0).tolist()]
-        ends = max(map(min, largest)), max(map(max, largest))
-        self.sides = sorted({padded(p) for p in np.linspace(*ends[::-1], canvas_sides, dtype=int)})
-        self.batches_per_epoch = math.ceil(len(images) / batch_size)
-        self._epoch = (-1, None)
+    def __post_init__(self):
+        largest = [resized(h, w, self.short_sides[1], self.long_side, self.enlarge)
+                   for h, w in np.unique(self.sizes, axis=0).tolist()]
+        ends = max(map(max, largest)), max(map(min, largest))
+        self.sides = sorted({padded(p) for p in np.linspace(*ends, self.canvas_sides, dtype=int)})
+        self.batches_per_epoch = math.ceil(len(self.images) / self.batch_size)
 
     def global_batch(self, step: int) -> list[Request]:
         """The `batch_size` images of one step."""
         epoch, batch = divmod(step, self.batches_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffled(epoch))
-        indices = self._epoch[1][batch].tolist()
+        indices = self.batches_of(epoch)[batch].tolist()
         random = np.random.default_rng((self.seed, 1, step))
         flips = random.random(self.batch_size) < self.flip
         short_sides = random.integers(*self.short_sides, self.batch_size, endpoint=True)
@@ -276,7 +258,9 @@ class TrainSampler:
         return [Request(i, bool(flip), size, canvas, (self.seed, 2, step, n))
                 for n, (i, flip, size) in enumerate(zip(indices, flips, sizes))]
 
-    def _shuffled(self, epoch):
+    @lru_cache(maxsize=1)
+    def batches_of(self, epoch) -> np.ndarray:
+        """The images of an epoch, (batches_per_epoch, batch_size)."""
         random = np.random.default_rng((self.seed, 0, epoch))
         order = random.permutation(self.images)
         is_wide = self.sizes[order, 1] >= self.sizes[order, 0]
@@ -303,9 +287,9 @@ def evaluation_batches(sizes, batch_size, short_side, long_side, enlarge) -> lis
     GroupNorm averages over the padding, too: on a canvas of its own, what is found in an image
     depends neither on its neighbours nor on the batch size.
     """
-    after = [resized(*size, short_side, long_side, enlarge) for size in sizes.tolist()]
     by_canvas = {}
-    for i, size in enumerate(after):
+    for i, (height, width) in enumerate(sizes.tolist()):
+        size = resized(height, width, short_side, long_side, enlarge)
         canvas = canvas_for([size])
         by_canvas.setdefault(canvas, []).append(Request(i, False, size, canvas))
     return [requests[k:k + batch_size] for _, requests in sorted(by_canvas.items())
@@ -323,16 +307,10 @@ class Batch(NamedTuple):
     counts: list[int]   # N: boxes of each image
     indices: list[int]  # N: of the images in their split
 
-    def to(self, device, stream: torch.cuda.Stream | None = None) -> "Batch":
-        """A copy on the device, made on `stream` beside what still runs there, if one is given."""
-        with torch.cuda.stream(stream):
-            batch = Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-                            for x in self))
-        if stream:
-            torch.cuda.current_stream().wait_stream(stream)
-            for x in batch[:4]:  # their memory is not reused before the current stream is done
-                x.record_stream(torch.cuda.current_stream())
-        return batch
+    def to(self, device) -> "Batch":
+        """A copy on the device."""
+        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+                       for x in self))
 
 
 class CocoDataset(Dataset):
@@ -356,10 +334,9 @@ class CocoDataset(Dataset):
     def summary(self) -> str:
         """What training uses and what it leaves out, in a line."""
         a = self.annotations
-        faulty = int((~learnable(a)).sum())
         return (f"{a.path}: {len(self.with_boxes())} of {len(self)} images with "
                 f"{len(self.labels)} boxes of {len(a.category_ids)} classes; left out: "
-                f"{int(a.crowd.sum())} crowd and {faulty} faulty boxes")
+                f"{a.crowd.sum()} crowd and {(~learnable(a)).sum()} faulty boxes")
 
     def image_path(self, index) -> str:
         return os.path.join(self.folder, str(self.annotations.file_names[index]))
@@ -425,8 +402,6 @@ def mirror(boxes: Tensor, width) -> Tensor:
 
 def resize(image: Tensor, size) -> Tensor:
     """(3, h0, w0) uint8 -> (3, h, w), antialiased."""
-    if image.shape[1:] == size:
-        return image
     return transforms.resize(image, list(size), antialias=True)
 
 
@@ -463,40 +438,39 @@ def own_process_group(worker):
 
 def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Load lists of Requests in their order, in `num_workers` processes (0: in this one)."""
-    requests = iter(requests)
-    for first in requests:
-        check_shared_memory(first, num_workers)
-        requests = itertools.chain([first], requests)
-        break
-    loader = DataLoader(dataset, batch_size=None, sampler=requests, num_workers=num_workers,
-                        pin_memory=pin_memory, worker_init_fn=own_process_group,
-                        timeout=LOADER_TIMEOUT if num_workers else 0,
-                        # a killed forkserver leaves its workers behind
-                        multiprocessing_context="fork" if num_workers and sys.platform == "linux"
-                        else None)
-    try:
-        for batch in loader:
-            if isinstance(batch, Exception):
-                break
-            yield batch
-        else:
+    workers = {}
+    if num_workers:
+        requests = fitting(requests, num_workers)
+        workers = dict(num_workers=num_workers, timeout=LOADER_TIMEOUT,
+                       worker_init_fn=own_process_group, multiprocessing_context="fork" if
+                       sys.platform == "linux" else None)  # a forkserver's would outlive a kill
+    loader = iter(DataLoader(dataset, batch_size=None, sampler=requests, pin_memory=pin_memory,
+                             **workers))
+    while True:
+        try:
+            batch = next(loader, None)
+        except RuntimeError as error:  # of the loader: an error of the dataset comes as a batch
+            raise UserError(
+                f"loading stopped ({str(error).splitlines()[0]}): a worker process was killed or "
+                "hangs; check free memory and /dev/shm, or use --num-workers 0") from None
+        if batch is None:
             return
-    except RuntimeError as error:  # of the loader itself; those of the dataset come as a batch
-        batch = UserError(f"loading stopped ({str(error).splitlines()[0]}): a worker process was "
-                          "killed or hangs; check free memory and /dev/shm, or use --num-workers 0")
-    raise batch
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
-def check_shared_memory(requests: list[Request], num_workers: int):
-    """Workers pass batches through /dev/shm; where it is full they hang."""
-    if num_workers and os.path.isdir("/dev/shm"):
-        free = shutil.disk_usage("/dev/shm").free
-        processes = num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = processes * 2 * len(requests) * 3 * math.prod(requests[0].canvas)
+def fitting(requests, num_workers: int):
+    """The requests, while their batches fit into /dev/shm; workers that find it full hang."""
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    processes = num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for request in requests:
+        needed = processes * 2 * len(request) * 3 * math.prod(request[0].canvas)
         if needed > free:
             raise UserError(f"/dev/shm: {free >> 20} MB are free, but {processes} workers keep "
                             f"{needed >> 20} MB of batches there; enlarge it (docker run "
                             "--shm-size=8g), or load without workers: --num-workers 0")
+        yield request
 
 
 def open_split(root, kind: str, split: str = "") -> CocoDataset:

@@ -149,10 +149,10 @@ def lr_at(step: int, config: TrainConfig) -> float:
 def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     """Biases learn at twice the rate and do not decay."""
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [x for x in learned if not x[0].endswith("bias")], "lr_factor": 1.0,
-               "weight_decay": config.weight_decay},
-              {"params": [x for x in learned if x[0].endswith("bias")], "lr_factor": 2.0,
-               "weight_decay": 0.0}]
+    weights, biases = ([(name, p) for name, p in learned if name.endswith("bias") is is_bias]
+                       for is_bias in (False, True))
+    groups = [{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
+              {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
@@ -205,13 +205,9 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
 
 # --- checkpoints --------------------------------------------------------------------------------
 
-def checkpoint_file(run: Path, step: int) -> Path:
-    return run / f"checkpoint-{step:07d}.pt"
-
-
 def save_checkpoint(run: Path, checkpoint: dict):
     """Write a checkpoint, then delete all but the last two, and what a kill left unfinished."""
-    path = checkpoint_file(run, checkpoint["step"])
+    path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
     atomic_write(path, lambda file: torch.save(checkpoint, file))
     for old in [*checkpoints_of(run)[2:], *run.glob("checkpoint-*.pt.part")]:
         old.unlink()
@@ -236,32 +232,31 @@ def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.C
     load_weights(model, checkpoint["model"], f"{run}: weights do not match this model; {restart}")
     try:  # an optimizer matches its state by position, so the names must be in the same order
         saved = checkpoint["optimizer"]
-        theirs, ours = ([group["param_names"] for group in x["param_groups"]]
-                        for x in (saved, optimizer.state_dict()))
+        theirs, ours = ([group["param_names"] for group in state["param_groups"]]
+                        for state in (saved, optimizer.state_dict()))
+        if theirs != ours:
+            raise ValueError("other parameters")
         optimizer.load_state_dict(saved)
-        fits = theirs == ours
         for p, state in optimizer.state.items():
             for key, value in state.items():
                 if value.ndim:  # to the memory format of the weight, which depends on the device
-                    fits = fits and value.shape == p.shape
-                    state[key] = torch.empty_like(p).copy_(value)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
-        fits = False
-    if not fits:
-        raise UserError(f"{run}: its optimizer state does not match this model; {restart}")
+                    state[key] = torch.empty_like(p).copy_(value.view_as(p))
+    except Exception:  # whatever a state of another model, or none, makes torch raise
+        raise UserError(
+            f"{run}: its optimizer state does not match this model; {restart}") from None
 
 
 def init_from(model: FCOS, path, names: list[str]):
     """Take over the weights of another checkpoint, and the class outputs of equal names."""
     checkpoint, ours = load_checkpoint(path), model.state_dict()
-    theirs, row = checkpoint["model"], checkpoint["categories"]["names"].index
-    shared = [name for name in names if name in checkpoint["categories"]["names"]]
+    theirs, their_names = checkpoint["model"], checkpoint["categories"]["names"]
+    shared = [name for name in names if name in their_names]
     for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
-        rows = theirs.pop(key)
+        rows = theirs[key]
         if rows.shape[1:] == ours[key].shape[1:]:
             theirs[key] = ours[key].clone()
             for name in shared:
-                theirs[key][names.index(name)] = rows[row(name)]
+                theirs[key][names.index(name)] = rows[their_names.index(name)]
     taken = {key: value for key, value in theirs.items()
              if key in ours and value.shape == ours[key].shape}
     model.load_state_dict(taken, strict=False)
@@ -287,6 +282,19 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
+class NotFinite(UserError):
+    """The loss or the weights of a step are not finite, so they must not be saved."""
+
+    def __init__(self, run: Run, step: int, losses: dict):
+        indices = [request.index for request in run.sampler.global_batch(step)]
+        ids = run.dataset.annotations.image_ids[indices].tolist()
+        terms = "".join(f"{name} {value:g}, " for name, value in losses.items())
+        super().__init__(
+            f"the loss or the weights are not finite at step {step} ({terms}lr "
+            f"{lr_at(step, run.config):g}, images {ids}); look at their boxes, or start a run from "
+            f"the last good weights with a lower --lr: --init-from {run.folder}")
+
+
 class Progress:
     """How far a run is: reads losses, prints the progress line, writes RUN/metrics.jsonl."""
 
@@ -296,16 +304,19 @@ class Progress:
         self.losses = checkpoint["losses"] if checkpoint else []   # (3,) each, since the last line
         self.unread = deque()  # (step, losses and stop flag, event): may still be on the device
         self.lag = 2 if run.device.type == "cuda" else 0  # reading losses late avoids a sync
-        self.stop_at, self.finite = math.inf, True
-        self.saved_step, self.saved_at = (self.step if checkpoint else -1), time.monotonic()
-        self.start = self.last = time.monotonic()
-        self.first_step = self.last_step = self.step
-        self.waited = self.paused = 0.0  # seconds: for data since the last line; not in training
+        self.stop_at = math.inf
+        self.start = self.saved_at = self.line_at = time.monotonic()
+        self.line_step = self.step  # of the last line
+        self.waited = 0.0           # seconds, for data, since the last line
         # Drop what a killed run wrote after its checkpoint.
         self.entries = [e for e in read_metrics(run.folder) if e["step"] <= self.step]
         if rank_and_world()[0] == 0:
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             atomic_write(self.path, lambda file: file.write(text.encode()))
+
+    def due(self, every: int) -> bool:
+        """Whether it is time for what happens every so many steps, and after the last one."""
+        return self.step == self.run.config.steps or self.step > 0 and self.step % every == 0
 
     def push(self, total: Tensor, stop: bool):
         """Take the losses (3,) of a completed step, and whether this process got a signal."""
@@ -317,6 +328,7 @@ class Progress:
             event.record()
         self.unread.append((self.step, values, event))
         self.step += 1
+        self.read(self.lag)
 
     def read(self, lag: int):
         """Look at all losses but the last `lag`; all processes see the same, and stop alike."""
@@ -328,16 +340,15 @@ class Progress:
             if stop:
                 self.stop_at = min(self.stop_at, step + 1 + self.lag)
             if not all(map(math.isfinite, losses)):
-                self.finite = False
-                raise not_finite(self.run, step, dict(zip(TERMS, losses)))
+                raise NotFinite(self.run, step, dict(zip(TERMS, losses)))
             self.losses.append(losses)
 
     def log(self):
+        self.read(lag=0)
         now, run, config, step = time.monotonic(), self.run, self.run.config, self.step
-        seconds, images = now - self.last, len(run.sampler.images)
-        speed = (step - self.last_step) * config.batch_size / seconds
-        pace = (now - self.start - self.paused) / (step - self.first_step)
-        left = timedelta(seconds=round(pace * (config.steps - step)))
+        seconds, steps = now - self.line_at, step - self.line_step
+        speed = steps * config.batch_size / seconds
+        left = timedelta(seconds=round(seconds / steps * (config.steps - step)))
         if run.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(run.device)
         else:  # kilobytes on Linux, bytes on macOS
@@ -349,20 +360,18 @@ class Progress:
         print0(f"step {step}/{config.steps} | loss {loss:.4f} | lr {lr:.1e} | {speed:.1f} images/s "
                f"| data wait {self.waited / seconds:.0%} | {memory / 2**30:.1f} GB | {left} left",
                transient=step < config.steps and sys.stdout.isatty())
-        self.write({"step": step, "epoch": round(step * config.batch_size / images, 3),
+        epoch = step * config.batch_size / len(run.sampler.images)
+        self.write({"step": step, "epoch": round(epoch, 3),
                     "loss": loss, **terms, "lr": lr, "images_per_second": round(speed, 2),
                     "seconds": round(now - self.start, 1)})
-        self.last, self.last_step, self.waited = now, step, 0.0
+        self.line_at, self.line_step, self.waited = now, step, 0.0
         self.losses.clear()
 
     def write(self, entry: dict):
         self.entries.append(entry)
         if rank_and_world()[0] == 0:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            except OSError as error:  # no reason to lose the run
-                print0(f"warning: {self.path}: cannot be written ({error})")
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -378,22 +387,23 @@ def read_metrics(folder: Path) -> list[dict]:
 def train(config: TrainConfig, folder: Path, device: torch.device, checkpoint: dict | None = None,
           init_file=None, skip_eval=False):
     """Train from the start, or from a checkpoint of this folder, to the end, and evaluate."""
-    run = prepare(config, folder, device, checkpoint, init_file, skip_eval)
     lock(folder, fresh=not checkpoint)
+    run = prepare(config, folder, device, checkpoint, init_file, skip_eval)
     progress, stop_signals = Progress(run, checkpoint), catch_signals()
-    save(run, progress)  # from here on the folder is this run's
+    if not checkpoint:
+        save(run, progress)  # from here on the folder is this run's
     try:
         loop(run, progress, stop_signals)
-    except Exception:
-        if progress.finite:  # an error in loading or in evaluation: keep the steps before it
-            progress.read(lag=0)
-            save(run, progress)
+    except NotFinite:
+        raise
+    except Exception:  # in loading or in evaluation: keep the steps before it
+        save(run, progress)
         raise
 
 
 def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
     """Data, then model, then what distributes it."""
-    rank, world = rank_and_world()
+    world = rank_and_world()[1]
     dataset = data.open_split(config.data, "train", config.train_split)
     annotations, images = dataset.annotations, dataset.with_boxes()
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
@@ -405,10 +415,12 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         print0(validation.summary())
     if len(images) == 0:
         raise UserError(f"{annotations.path}: no image has a box that can be learned")
-    config = replace(config, model=replace(config.model, num_classes=len(categories["ids"])))
-    if config.epochs > 0:
-        steps = math.ceil(min(config.steps, config.epochs * len(images) / config.batch_size))
-        config = replace(config, steps=max(1, steps))
+    limit = config.epochs * len(images) / config.batch_size or math.inf
+    steps = math.ceil(min(config.steps, limit))
+    config = replace(
+        config, steps=steps, eval_every=config.eval_every or math.ceil(steps / 5),
+        data=os.path.abspath(config.data),  # usable from another folder
+        model=replace(config.model, num_classes=len(categories["ids"])))
     count = count_microbatches(config, world)
     sampler = data.TrainSampler(
         annotations.sizes, images, config.batch_size, config.seed, config.train_short_sides,
@@ -426,7 +438,11 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         restore(checkpoint, folder, model, optimizer, dataset)
 
     network = model
-    if compiles(config, device):
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        first = range(min(steps, 500))
+        canvases = {sampler.global_batch(step)[0].canvas for step in first}
+        print0(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
+               f"the first {len(first)} steps")
         torch._dynamo.config.recompile_limit = 64
         # Once for every canvas; the option keeps channels_last through every GroupNorm.
         network = torch.compile(network, dynamic=False, options={"force_layout_optimization": True})
@@ -437,72 +453,61 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         network.register_comm_hook(None, sum_gradients)
     run = Run(folder, config, device, dataset, validation, categories, sampler, count, model,
               network, optimizer)
-    if rank == 0:
-        print_plan(run, checkpoint["step"] if checkpoint else 0)
+    print_plan(run, checkpoint["step"] if checkpoint else 0)
     return run
 
 
 def loop(run: Run, progress: Progress, stop_signals: list):
     """Steps until the end, or until a signal."""
     config, (rank, world) = run.config, rank_and_world()
-    steps, eval_every = range(progress.step, config.steps), evaluation_interval(config)
+    steps = range(progress.step, config.steps)
     requests = data.microbatches(run.sampler, steps, run.microbatches, rank, world)
     batches = data.batches(run.dataset, requests, config.num_workers, run.device.type == "cuda")
-    stream = torch.cuda.Stream() if run.device.type == "cuda" else None  # of copies to the device
-    if progress.step and (progress.step % eval_every == 0 or progress.step == config.steps):
-        evaluate_step(run, progress)  # unless it was done before the interruption
+    evaluate_step(run, progress)  # if it was due and not done before an interruption
     for step in steps:
         waiting = time.monotonic()
-        microbatches = [next(batches).to(run.device, stream) for _ in range(run.microbatches)]
+        microbatches = [next(batches).to(run.device) for _ in range(run.microbatches)]
         progress.waited += time.monotonic() - waiting
         torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for a dropout, if you add one
-        lr = lr_at(step, config)
-        total = training_step(run.network, run.optimizer, microbatches, lr, config)
+        total = training_step(run.network, run.optimizer, microbatches, lr_at(step, config), config)
         progress.push(total, bool(stop_signals))
 
-        # periodically: log, checkpoint, evaluate
-        done = step + 1
-        last = done == config.steps
-        log, evaluation = done % config.log_every == 0 or last, done % eval_every == 0 or last
+        stop = progress.step >= progress.stop_at
         minutes = (time.monotonic() - progress.saved_at) / 60
-        checkpoint = (done % config.checkpoint_every == 0 or evaluation
-                      or rank == 0 and minutes > config.checkpoint_minutes)
-        progress.read(0 if log or checkpoint else progress.lag)
-        stop = done >= progress.stop_at
-        if log:
+        if progress.due(config.log_every):
             progress.log()
-        if checkpoint or stop:
-            progress.read(lag=0)
+        if (stop or progress.due(config.checkpoint_every) or progress.due(config.eval_every)
+                or minutes > config.checkpoint_minutes):
             save(run, progress)
-        if stop and not last:
-            print0(f"\nstopped by a signal after step {done}; continue with: make resume "
+        if stop and progress.step < config.steps:
+            print0(f"\nstopped by a signal after step {progress.step}; continue with: make resume "
                    f"RUN={run.folder}")
             if world > 1:
                 dist.barrier()  # torchrun kills rank 0 as soon as another process has ended
             sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
-        if evaluation:
-            evaluate_step(run, progress)
+        evaluate_step(run, progress)
 
 
 def save(run: Run, progress: Progress):
-    """Save a checkpoint of the steps completed, on rank 0, unless there is one already."""
-    if rank_and_world()[0] > 0 or progress.saved_step == progress.step:
+    """Save a checkpoint of the steps completed, on rank 0."""
+    progress.read(lag=0)
+    progress.saved_at = time.monotonic()
+    if rank_and_world()[0] > 0:
         return
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        progress.finite = False
-        raise not_finite(run, progress.step - 1, {})
+        raise NotFinite(run, progress.step - 1, {})
     save_checkpoint(run.folder, {
         "format": CHECKPOINT_FORMAT, "step": progress.step, "losses": progress.losses,
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "config": asdict(run.config), "categories": run.categories,
         "data_hash": data_hash(run.dataset)})
-    progress.saved_step, progress.saved_at = progress.step, time.monotonic()
 
 
 def evaluate_step(run: Run, progress: Progress):
     """Evaluate the weights of this step, once; keep the best ones in RUN/best.pt."""
     step, config = progress.step, run.config
-    if not run.validation or any("AP" in e and e["step"] == step for e in progress.entries):
+    done = any("AP" in e and e["step"] == step for e in progress.entries)
+    if not run.validation or done or not progress.due(config.eval_every):
         return
     started = time.monotonic()
     detector = Detector(run.model, run.categories["names"], run.device, config.precision)
@@ -511,26 +516,15 @@ def evaluate_step(run: Run, progress: Progress):
         run.folder if step == config.steps else None,  # full report only at the end
         batch_size=min(8, config.batch_size // (rank_and_world()[1] * run.microbatches)),
         num_workers=config.num_workers)
-    figures = metrics["figures"] if metrics else {"AP": -1.0}  # rank 0 has them
-    if metrics:
+    if metrics:  # on rank 0
+        figures = metrics["figures"]
         print0(f"step {step}/{config.steps} | " + " | ".join(
             f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75")))
         if figures["AP"] >= max((e["AP"] for e in progress.entries if "AP" in e), default=0):
-            weights = checkpoint_file(run.folder, step).read_bytes()
+            weights = (run.folder / f"checkpoint-{step:07d}.pt").read_bytes()
             atomic_write(run.folder / "best.pt", lambda file: file.write(weights))
-    progress.write({"step": step, **figures})
-    seconds = time.monotonic() - started  # not spent in training
-    progress.last += seconds
-    progress.paused += seconds
-
-
-def not_finite(run: Run, step: int, losses: dict) -> UserError:
-    indices = [request.index for request in run.sampler.global_batch(step)]
-    ids = run.dataset.annotations.image_ids[indices].tolist()
-    terms = "".join(f"{name} {value:g}, " for name, value in losses.items())
-    return UserError(f"the loss or the weights are not finite at step {step} ({terms}lr "
-                     f"{lr_at(step, run.config):g}, images {ids}); look at their boxes, or start a "
-                     f"run from the last good weights with a lower --lr: --init-from {run.folder}")
+        progress.write({"step": step, **figures})
+    progress.line_at += time.monotonic() - started  # not spent in training
 
 
 def catch_signals() -> list:
@@ -558,46 +552,32 @@ def count_microbatches(config: TrainConfig, world: int) -> int:
     return next(n for n in range(1, images + 1) if images % n == 0 and images // n <= largest)
 
 
-def compiles(config: TrainConfig, device: torch.device) -> bool:
-    return config.compile == "on" or config.compile == "auto" and device.type == "cuda"
-
-
-def evaluation_interval(config: TrainConfig) -> int:
-    return config.eval_every or math.ceil(config.steps / 5)
-
-
 def print_plan(run: Run, step: int):
     """What is about to happen, and whether any location learns anything."""
-    config, images = run.config, len(run.dataset.with_boxes())
+    config, world = run.config, rank_and_world()[1]
     device = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
               f"CPU ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})")
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    world, count = rank_and_world()[1], run.microbatches
-    epochs = config.steps * config.batch_size / images
-    print(f"{device}, {dtype_of(config.precision, run.device)}; {config.model.backbone}, "
-          f"{parameters:.1f} M parameters; run folder {run.folder}\n"
-          f"{config.steps} steps of {config.batch_size} images (processes {world}, "
-          f"microbatches {count} of {config.batch_size // (world * count)}): {epochs:.1f} epochs"
-          f"{'; --epochs N makes it fewer' if epochs > 100 else ''}; warm-up "
-          f"{min(config.warmup_steps, config.steps // 10)} steps, evaluation every "
-          f"{evaluation_interval(config)}")
-    if compiles(config, run.device):
-        steps = range(min(config.steps, 500))
-        canvases = {run.sampler.global_batch(step)[0].canvas for step in steps}
-        print(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
-              f"the first {len(steps)} steps")
+    images = config.batch_size // (world * run.microbatches)
+    epochs = config.steps * config.batch_size / len(run.sampler.images)
+    print0(f"{device}, {dtype_of(config.precision, run.device)}; {config.model.backbone}, "
+           f"{parameters:.1f} M parameters; run folder {run.folder}\n"
+           f"{config.steps} steps of {config.batch_size} images (processes {world}, microbatches "
+           f"{run.microbatches} of {images}): {epochs:.1f} epochs"
+           f"{'; --epochs N makes it fewer' if epochs > 100 else ''}; warm-up "
+           f"{min(config.warmup_steps, config.steps // 10)} steps, evaluation every "
+           f"{config.eval_every}")
     without, boxes = count_without_location(run.dataset, config)
     if without:
-        print(f"{without} of {boxes} boxes are not assigned to any location: too small for the "
-              "image size, or covered by smaller boxes (make check says more)")
+        print0(f"{without} of {boxes} boxes are not assigned to any location: too small for the "
+               "image size, or covered by smaller boxes (make check says more)")
     if without == boxes:
         raise UserError("no box is assigned to any location, so there is nothing to train on; "
                         "raise --center-radius or --train-short-sides")
     if step:
-        print(f"{run.folder}: " + (
+        print0(f"{run.folder}: " + (
             "finished, nothing left to train; --init-from starts a longer run"
             if step == config.steps else f"going on from step {step}"))
-    sys.stdout.flush()
 
 
 def count_without_location(dataset: data.CocoDataset, config: TrainConfig, most=200):
@@ -635,43 +615,43 @@ def parse_arguments(argv):
     begin.add_argument("--init-from", metavar="FILE",
                        help="start with the weights of a run or checkpoint; classes may differ")
     parser.add_argument("--skip-eval", action="store_true", help="train without evaluating")
-    for title, owner in (("training", config), ("model", config.model)):
-        group, source = parser.add_argument_group(title), inspect.getsource(type(owner))
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.+(?:\n    #   .+)*)$", source, re.M))
-        for f in fields(owner):
-            if f.name in ("model", "num_classes"):  # num_classes is the data's
-                continue
-            default, options = getattr(owner, f.name), {"metavar": "N", "type": type(f.default)}
-            if type(default) is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            elif get_origin(f.type) is Literal:
-                options = {"choices": get_args(f.type)}
-            elif type(default) is tuple:
-                options |= {"type": type(f.default[0]), "nargs": len(default)}
-            elif type(default) is str:
-                options["metavar"] = "TEXT"
-            text = re.sub(r"\n    # +", " ", comments[f.name])
-            text += f" (default: {default})" if default != "" else ""
-            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-                               help=text.replace("%", "%%"), **options)
+    add_options(parser.add_argument_group("training"), config)
+    add_options(parser.add_argument_group("model"), config.model)
     args = parser.parse_args(argv)
     if args.preset not in (None, name):
         parser.error(f"name the preset first: {args.preset}")
-    of_training, of_model = (
-        {f.name: tuple(value) if type(value := getattr(args, f.name)) is list else value
-         for f in fields(owner) if hasattr(args, f.name)} for owner in (config, config.model))
-    if of_training.get("data"):
-        of_training["data"] = os.path.abspath(of_training["data"])  # usable from another folder
+    given = {key: tuple(value) if type(value) is list else value
+             for key, value in vars(args).items()}
+    of_training, of_model = ({f.name: given[f.name] for f in fields(owner) if f.name in given}
+                             for owner in (config, config.model))
     args.changed = of_training | of_model
     args.config = replace(config, **of_training, model=replace(config.model, **of_model))
-    if args.run_dir == "":
-        parser.error("--run-dir is empty; name a folder")
     args.run_dir = Path(args.run_dir or f"runs/{name}")
     return args
 
 
+def add_options(group, config):
+    """An option for every field of a configuration; its help is the comment behind the field."""
+    source = inspect.getsource(type(config))
+    for f in fields(config):
+        comment = re.search(rf"^    {f.name}: .*?  # (.+(?:\n    #   .+)*)$", source, re.M)
+        if comment and f.name != "num_classes":  # which is the data's
+            kind, default = type(f.default), getattr(config, f.name)
+            options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
+            if get_origin(f.type) is Literal:
+                options = {"choices": get_args(f.type)}
+            elif kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif kind is tuple:
+                options |= {"type": type(f.default[0]), "nargs": len(f.default)}
+            text = re.sub(r"\n    # +", " ", comment[1]).replace("%", "%%")
+            text += f" (default: {default})" if default != "" else ""
+            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                               help=text, **options)
+
+
 def load_run(args) -> tuple[TrainConfig, dict | None]:
-    """The configuration, and the checkpoint to go on from; no run is ever overwritten."""
+    """The configuration, and the checkpoint to go on from, if any."""
     folder = args.run_dir
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     if args.resume or restarted and checkpoints_of(folder):
@@ -687,7 +667,6 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
         config = config_from_dict(TrainConfig, values, folder)
         may_change = {name: x for name, x in args.changed.items() if name in MAY_CHANGE}
         return replace(config, **may_change), checkpoint
-    refuse_to_overwrite(folder)
     config = args.config
     if not config.data:
         raise UserError("no data; name a COCO-format folder with DATA=... (--data)")
@@ -696,12 +675,6 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
         adopted = {name: theirs[name] for name in ARCHITECTURE if name not in args.changed}
         config = replace(config, backbone_weights="none", model=replace(config.model, **adopted))
     return config, None
-
-
-def refuse_to_overwrite(folder: Path):
-    if checkpoints_of(folder):
-        raise UserError(f"{folder} holds a run; go on with it (make resume RUN={folder}), choose "
-                        "another folder (RUN=...), or delete it")
 
 
 def lock(folder: Path, fresh: bool):
@@ -714,8 +687,9 @@ def lock(folder: Path, fresh: bool):
         except OSError:
             raise UserError(f"{folder}: another process is training here; choose another folder "
                             "with RUN=... (--run-dir)") from None
-        if fresh:
-            refuse_to_overwrite(folder)
+        if fresh and checkpoints_of(folder):
+            raise UserError(f"{folder} holds a run; go on with it (make resume RUN={folder}), "
+                            "choose another folder (RUN=...), or delete it")
     if dist.is_initialized():
         dist.barrier()
         if not (folder / ".lock").exists():

@@ -346,12 +346,16 @@ def test_batches_come_in_order_until_an_error_that_stays_one_sentence(tmp_path, 
     assert error.value.__cause__ is None
 
 
-def test_a_full_shared_memory_is_refused_before_it_hangs_the_workers(tmp_path, monkeypatch):
-    dataset = open_good(tmp_path)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 9}))
-    requests = [[Request(0, False, (48, 64), (64, 64))]]
-    with pytest.raises(UserError, match="/dev/shm: .*--num-workers 0"):
-        next(data.batches(dataset, requests, num_workers=1, pin_memory=False))
+def test_shared_memory_that_a_batch_would_fill_is_refused_before_it_hangs_the_workers(
+        tmp_path, monkeypatch):
+    dataset, free = open_good(tmp_path), 2 * 3 * 64 * 64  # for two batches of one image
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    small, large = ([Request(0, False, (48, 64), (side, side))] for side in (64, 96))
+    for batch in data.batches(dataset, [small] * 3, num_workers=1, pin_memory=False):
+        assert batch.indices == [0]
+    for requests in ([large], [small, small, small, large]):
+        with pytest.raises(UserError, match="/dev/shm: .*--num-workers 0"):
+            list(data.batches(dataset, requests, num_workers=1, pin_memory=False))
 
 
 class Dies(CocoDataset):
