@@ -463,10 +463,11 @@ def loop(run: Run, progress: Progress, stop_signals: list):
     steps = range(progress.step, config.steps)
     requests = data.microbatches(run.sampler, steps, run.microbatches, rank, world)
     batches = data.batches(run.dataset, requests, config.num_workers, run.device.type == "cuda")
+    stream = torch.cuda.Stream() if run.device.type == "cuda" else None  # of copies to the device
     evaluate_step(run, progress)  # if it was due and not done before an interruption
     for step in steps:
         waiting = time.monotonic()
-        microbatches = [next(batches).to(run.device) for _ in range(run.microbatches)]
+        microbatches = [next(batches).to(run.device, stream) for _ in range(run.microbatches)]
         progress.waited += time.monotonic() - waiting
         torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for a dropout, if you add one
         total = training_step(run.network, run.optimizer, microbatches, lr_at(step, config), config)
