@@ -370,8 +370,11 @@ class Progress:
     def write(self, entry: dict):
         self.entries.append(entry)
         if rank_and_world()[0] == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:  # no reason to lose the run
+                print0(f"warning: {self.path}: cannot be written ({error})")
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -387,8 +390,8 @@ def read_metrics(folder: Path) -> list[dict]:
 def train(config: TrainConfig, folder: Path, device: torch.device, checkpoint: dict | None = None,
           init_file=None, skip_eval=False):
     """Train from the start, or from a checkpoint of this folder, to the end, and evaluate."""
-    lock(folder, fresh=not checkpoint)
     run = prepare(config, folder, device, checkpoint, init_file, skip_eval)
+    lock(folder, fresh=not checkpoint)
     progress, stop_signals = Progress(run, checkpoint), catch_signals()
     if not checkpoint:
         save(run, progress)  # from here on the folder is this run's
@@ -668,6 +671,7 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
         config = config_from_dict(TrainConfig, values, folder)
         may_change = {name: x for name, x in args.changed.items() if name in MAY_CHANGE}
         return replace(config, **may_change), checkpoint
+    refuse_to_overwrite(folder)
     config = args.config
     if not config.data:
         raise UserError("no data; name a COCO-format folder with DATA=... (--data)")
@@ -676,6 +680,12 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
         adopted = {name: theirs[name] for name in ARCHITECTURE if name not in args.changed}
         config = replace(config, backbone_weights="none", model=replace(config.model, **adopted))
     return config, None
+
+
+def refuse_to_overwrite(folder: Path):
+    if checkpoints_of(folder):
+        raise UserError(f"{folder} holds a run; go on with it (make resume RUN={folder}), choose "
+                        "another folder (RUN=...), or delete it")
 
 
 def lock(folder: Path, fresh: bool):
@@ -688,9 +698,8 @@ def lock(folder: Path, fresh: bool):
         except OSError:
             raise UserError(f"{folder}: another process is training here; choose another folder "
                             "with RUN=... (--run-dir)") from None
-        if fresh and checkpoints_of(folder):
-            raise UserError(f"{folder} holds a run; go on with it (make resume RUN={folder}), "
-                            "choose another folder (RUN=...), or delete it")
+        if fresh:
+            refuse_to_overwrite(folder)
     if dist.is_initialized():
         dist.barrier()
         if not (folder / ".lock").exists():

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -341,7 +343,32 @@ def test_prediction_never_overwrites_the_photo(checkpoint, tmp_path):
     assert photos[1].read_bytes() == before
 
 
+def test_the_detector_works_from_another_folder(checkpoint, tmp_path):
+    script = f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from evaluate import load_detector
+detector = load_detector({str(checkpoint)!r}, "cpu")
+Image = sys.modules["PIL.Image"]
+for box, score, name in detector(Image.new("RGB", (90, 60)), threshold=0.0):
+    print(name, score, box)
+assert "pycocotools" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 100 and done.stdout.split()[0] in SHAPES
+
+
 # --- the program --------------------------------------------------------------------------------
+
+def test_ctrl_c_ends_a_program_without_a_traceback():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as raised:
+        evaluate.run_program(interrupted)
+    assert raised.value.code == 130
+
+
 
 @pytest.mark.parametrize("error, sentence", [
     (UserError("what; remedy"), "^error: what; remedy$"),

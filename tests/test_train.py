@@ -245,6 +245,77 @@ def test_checkpoints_under_other_names_are_the_users(tmp_path):
     assert all((tmp_path / name).read_text() == "kept" for name in users)
 
 
+def test_a_dropout_is_the_same_after_a_resume(dataset, tmp_path, monkeypatch):
+    class WithDropout(FCOS):
+        def normalize(self, images, image_sizes):
+            x = super().normalize(images, image_sizes)
+            return torch.nn.functional.dropout(x, training=self.training)
+
+    monkeypatch.setattr(train, "FCOS", WithDropout)
+    options = [*TINY, "--skip-eval", "--data", dataset, "--steps", 6]
+    main(*options, "--run-dir", tmp_path / "whole")
+    original, left = train.training_step, iter(range(4))
+
+    def step(*args):
+        if next(left, None) is None:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(train, "training_step", step)
+    with pytest.raises(Killed):
+        main(*options, "--run-dir", tmp_path / "killed")
+    monkeypatch.setattr(train, "training_step", original)
+    torch.rand(7)  # the generator of this process is elsewhere
+    main("--resume", "--run-dir", tmp_path / "killed", "--skip-eval")
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+
+def _wait_for_signals(ready):
+    train.catch_signals()
+    ready.touch()
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(tmp_path, number):
+    process = FORKS.Process(target=_wait_for_signals, args=(tmp_path / "ready",))
+    process.start()
+    wait_for((tmp_path / "ready").exists)
+    os.kill(process.pid, number)
+    process.join(0.5)
+    assert process.is_alive()
+    os.kill(process.pid, number)
+    assert finish([process], timeout=5) == [-number]
+
+
+def test_a_line_of_metrics_that_cannot_be_written_is_a_warning(dataset, tmp_path, capsys):
+    class Full(train.Progress):
+        def __init__(self, run, checkpoint):
+            super().__init__(run, checkpoint)
+            self.path = tmp_path / "absent" / "metrics.jsonl"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Progress", Full)
+        main(*TINY, "--skip-eval", "--data", dataset, "--steps", 2, "--run-dir", tmp_path / "run")
+    assert "warning: " in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_a_machine_that_does_not_share_the_run_folder_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    with pytest.raises(UserError, match="not the folder of rank 0; machines must share it"):
+        train.lock(tmp_path, fresh=True)
+
+
+def test_a_failed_start_leaves_no_run_folder(dataset, tmp_path):
+    for options in (["--center-radius", "0.01"], ["--data", tmp_path], ["--batch-size", 0]):
+        with pytest.raises(UserError):
+            main(*TINY, "--data", dataset, "--run-dir", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_torn_and_foreign_lines_of_metrics_are_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1}\nnoise\n[1]\n7\n\xff\n{"a": 1}\n{"step": "2"}\n\n{"step": 2}\n{"step": 3, "l')
@@ -316,6 +387,17 @@ def test_resume_takes_what_may_change(uninterrupted, finished, tmp_path, capsys)
     resume(finished, link_copy(uninterrupted, tmp_path / "run"), "--microbatch", 2, "--log-every",
            3, "--skip-eval")
     assert "microbatches 4 of 2)" in capsys.readouterr().out
+
+
+def test_resume_passes_over_a_damaged_newest_checkpoint(uninterrupted, tmp_path, capsys):
+    run = link_copy(uninterrupted, tmp_path / "run")
+    newest = checkpoints_of(run)[0]
+    content = newest.read_bytes()
+    newest.unlink()  # its other name keeps the content
+    newest.write_bytes(content[:len(content) // 2])
+    main("--resume", "--run-dir", run)
+    assert "damaged" in capsys.readouterr().err
+    assert_equal_runs(run, uninterrupted)
 
 
 def other_boxes(content):
