@@ -135,6 +135,13 @@ def test_microbatches_are_equal_and_at_most_as_large_as_asked_for():
         train.count_microbatches(config, 6)
 
 
+def test_evaluation_takes_no_more_images_at_once_than_a_microbatch(dataset, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, batch_size, **__: taken.append(batch_size))
+    main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--microbatch", 2)
+    assert taken == [2]
+
+
 # --- it survives --------------------------------------------------------------------------------
 
 def test_killed_at_random_moments_it_resumes_bit_for_bit(dataset, uninterrupted, tmp_path):
