@@ -367,15 +367,15 @@ def training(device="cpu", N=2, height=512, width=672, steps=1):
     def build(model, dtype):
         learned = [p for p in model.train().parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(learned, lr=LR, momentum=0.9, weight_decay=1e-4)
-        images = [x[:, :h, :w].float() / 255 for x, (h, w) in zip(batch.images, batch.sizes)]
-        images = [x.pin_memory() if gpu else x for x in images]
-        boxes, labels = batch.boxes.split(batch.counts), batch.labels.split(batch.counts)
+        h, w = batch.sizes[0].tolist()  # as of all
+        images = batch.images[:, :, :h, :w].float() / 255
+        images = images.pin_memory() if gpu else images
 
         def step():
-            inputs = [x.to(device, non_blocking=True) for x in images]
-            targets = [dict(boxes=b.to(device), labels=x.to(device)) for b, x in zip(boxes, labels)]
+            boxes, labels = (x.to(device).split(batch.counts) for x in (batch.boxes, batch.labels))
+            targets = [dict(boxes=b, labels=x) for b, x in zip(boxes, labels)]
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                total = sum(model(inputs, targets).values())
+                total = sum(model(list(images.to(device, non_blocking=True)), targets).values())
             total.item()  # the references stop at a loss that is not finite
             optimizer.zero_grad()
             total.backward()
