@@ -90,9 +90,10 @@ def test_a_detection_is_judged_above_the_threshold_and_a_low_one_leaves_its_obje
     found[first]["bbox"][0] += 1000  # misses
     found[second]["score"] = 0.29
     evaluation = evaluate.coco_evaluation(dataset.annotations, found)
-    verdict = plots.judge(evaluation, dataset.annotations, found)[i]
-    assert verdict["wrong"] == [first] and sorted(verdict["missed"]) == [first, second]
-    assert third in verdict["right"] and second not in verdict["right"]
+    verdict = plots.judge(evaluation)[dataset.annotations.image_ids[i]]
+    missed, wrong, right = ({row["id"] - 1 for row in rows} for rows in verdict.values())
+    assert missed == {first, second} and wrong == {first}
+    assert third in right and second not in right
 
 
 def test_pictures_of_an_evaluation_are_written_and_those_of_an_older_one_removed(

@@ -41,9 +41,9 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from functools import partial
+from operator import ge, le
 from pathlib import Path
 
 import torch
@@ -65,13 +65,11 @@ import export  # noqa: E402
 from assign import assign_targets, make_locations  # noqa: E402
 from evaluate import Detector, dtype_of, run_program  # noqa: E402
 from import_weights import convert  # noqa: E402
-from model import FCOS, atomic_write  # noqa: E402
+from model import FCOS  # noqa: E402
 from train import PRESETS, prepare, training_step  # noqa: E402
 
 C = 80
 LR = 1e-6             # dozens of steps on one batch leave the network as it was
-TURNS = 3, 30         # of a row: at least, at most
-SECONDS = 40          # that its turns may take, beyond the least number
 COMPILE_UNTIL = 180   # seconds after the start; later, torch.compile would not fit into 8 minutes
 STARTED = time.monotonic()
 FORMATS = torch.contiguous_format, torch.channels_last
@@ -85,26 +83,25 @@ def report(name, unit="", ours=(), peer=(), bar="", note=""):
     """Print a row of the table and keep it. `ours` and `peer` are the values of the turns."""
     mine, other = (statistics.median(x) if x else None for x in (ours, peer))
     ratio = (other / mine if unit == "ms" else mine / other) if peer else None
-    met = None
+    met = ""
     if bar:
         sign, number = bar.removesuffix("x").split()
-        value = ratio if bar.endswith("x") else mine
-        met = value >= float(number) if sign == ">=" else value <= float(number)
+        compare, value = {">=": ge, "<=": le}[sign], ratio if bar.endswith("x") else mine
+        met = "yes" if compare(value, float(number)) else "NO"
     figures = ["" if x is None else f"{x:.4g}" for x in (mine, other, ratio)]
-    print(LINE.format(name, unit, *figures, bar, {True: "yes", False: "NO", None: ""}[met]))
-    if ours or note:
-        print("   ", f"{len(ours)} turns" if ours else "", note, flush=True)
+    print(LINE.format(name, unit, *figures, bar, met))
+    print("   ", f"{len(ours)} turns" if ours else "", note, flush=True)
     ROWS.append(dict(name=name, unit=unit, ours=ours, peer=peer, ratio=ratio, bar=bar, met=met))
 
 
-def take_turns(sides: dict, seconds=SECONDS, device="cpu") -> dict[str, list[float]]:
-    """Milliseconds of every turn of every side, a function without arguments."""
+def take_turns(sides: dict, seconds=40, device="cpu") -> dict[str, list[float]]:
+    """Milliseconds of every turn of every side, a function without arguments; 3 to 30 turns."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times, end = {name: [] for name in sides}, 0
-    for turn in range(-3 if device == "cuda" else -1, TURNS[1]):  # the first are not counted
+    for turn in range(-3 if device == "cuda" else -1, 30):  # the first are not counted
         if turn == 0:
             end = time.perf_counter() + seconds
-        if turn >= TURNS[0] and time.perf_counter() > end:
+        if turn >= 3 and time.perf_counter() > end:
             break
         for name, run in sides.items():
             synchronize()
@@ -122,6 +119,13 @@ def gflop(run) -> float:
     return counter.get_total_flops() / 1e9
 
 
+def convolutions(x, layer, backward):
+    for _ in range(5):
+        y = layer(x)
+        if backward:
+            torch.autograd.grad(y, [x, *layer.parameters()], x.detach())
+
+
 def limits(device, N, height, width, backward) -> tuple[dict, float]:
     """Sides that show the limit, and the GFLOP of one turn. On a CPU: the convolution on P3, in the
     precision that ours takes and in both memory formats."""
@@ -132,29 +136,25 @@ def limits(device, N, height, width, backward) -> tuple[dict, float]:
     for memory_format in FORMATS:
         layer = nn.Conv2d(256, 256, 3, padding=1).to(dtype=dtype, memory_format=memory_format)
         x = torch.randn(N, 256, h, w).to(dtype=dtype, memory_format=memory_format)
-        grad, wanted = x.clone(), [x.requires_grad_(backward), *layer.parameters()]
-
-        def run(layer=layer, x=x, grad=grad, wanted=wanted):
-            with torch.set_grad_enabled(backward):
-                for y in (layer(x) for _ in range(5)):
-                    torch.autograd.grad(y, wanted, grad) if backward else None
-
-        sides[f"limit, convolution, {str(memory_format)[6:]}"] = run
+        sides[f"limit, convolution, {str(memory_format)[6:]}"] = partial(
+            convolutions, x.requires_grad_(), layer, backward)
     return sides, 5 * (3 if backward else 1) * 2 * N * h * w * 9 * 256**2 / 1e9
 
 
-def report_network(name, times, work, limit_work, bars, note):
-    """The share of the limit that ours reaches, then its peers; bars: of the limit, of the best."""
-    limit, best = (min((side for side in times if side.startswith(prefix)),
-                       key=lambda side: statistics.median(times[side]))
-                   for prefix in ("limit", "torchvision"))
-    speed = {"ours": [1000 * work / ms for ms in times["ours"]],
-             limit: [1000 * limit_work / ms for ms in times[limit]]}
-    report(f"{name}: {limit}", "GFLOP/s", speed["ours"], speed[limit], bars[0], note)
-    for side in times:
-        if side != "ours" and not side.startswith("limit"):
-            report(f"{name}: {side}", "ms", times["ours"], times[side],
-                   *([bars[1], "torchvision at its best"] if side == best else []))
+def compare_networks(name, ours, work, peers, limit, limit_work, device, bars, note) -> list[float]:
+    """Time ours, its peers and the limit in turns, and report the share of the limit that ours
+    reaches, then each peer. `bars`: of the limit, of torchvision at its best. Returns our times."""
+    times = take_turns({"ours": ours} | peers | limit, device=device)
+    fastest, best = (min((side for side in times if side.startswith(prefix)),
+                         key=lambda side: statistics.median(times[side]))
+                     for prefix in ("limit", "torchvision"))
+    speed, limit_speed = ([1000 * gflops / ms for ms in times[side]]
+                          for side, gflops in (("ours", work), (fastest, limit_work)))
+    report(f"{name}: {fastest}", "GFLOP/s", speed, limit_speed, bars[0], f"{work:.0f} GFLOP{note}")
+    for side in peers:
+        report(f"{name}: {side}", "ms", times["ours"], times[side],
+               *([bars[1], "torchvision at its best"] if side == best else []))
+    return times["ours"]
 
 
 # --- inputs and peers ---------------------------------------------------------------------------
@@ -177,21 +177,21 @@ def boxes_in(N, G, height, width):
             torch.randint(C, (N, G), generator=random))
 
 
-def coco_folder(folder, N, height, width, G=20):
-    """Write a COCO-format folder of N photographs, all in the split train."""
-    boxes, labels = boxes_in(N, G, height, width)
-    images = [dict(id=i, file_name=f"{i}.jpg", height=height, width=width) for i in range(N)]
-    boxes = box_convert(boxes.view(-1, 4), "xyxy", "xywh").tolist()
-    annotations = [dict(id=n, image_id=n // G, category_id=label, bbox=box)
-                   for n, (label, box) in enumerate(zip(labels.flatten().tolist(), boxes))]
+def coco_folder(folder, N, height, width):
+    """Write a COCO-format folder of N photographs with 20 boxes each, all in the split train."""
     for name in ("annotations", "train"):
         Path(folder, name).mkdir()
-    for i in range(N):
-        Image.fromarray(photograph(height, width, i).permute(1, 2, 0).numpy()).save(
-            Path(folder, "train", f"{i}.jpg"), quality=90)
-    Path(folder, "annotations", "instances_train.json").write_text(json.dumps(dict(
-        images=images, annotations=annotations,
-        categories=[dict(id=c, name=f"class {c}") for c in range(C)])))
+    boxes, labels = boxes_in(N, 20, height, width)
+    images, annotations = [], []
+    for i, (box, label) in enumerate(zip(box_convert(boxes, "xyxy", "xywh").tolist(), labels)):
+        images.append(dict(id=i, file_name=f"{i}.jpg", height=height, width=width))
+        annotations += [dict(image_id=i, bbox=xywh, category_id=c)
+                        for xywh, c in zip(box, label.tolist())]
+        picture = pil_transforms.to_pil_image(photograph(height, width, i))
+        picture.save(Path(folder, "train", f"{i}.jpg"), quality=90)
+    categories = [dict(id=c, name=f"class {c}") for c in range(C)]
+    Path(folder, "annotations", "instances_train.json").write_text(json.dumps(
+        dict(images=images, annotations=annotations, categories=categories)))
 
 
 def torchvision_fcos(height, width, device="cpu", memory_format=FORMATS[0], compiled=False):
@@ -214,12 +214,13 @@ def torchvision_fcos(height, width, device="cpu", memory_format=FORMATS[0], comp
     return model.to(device, memory_format=memory_format)
 
 
-def torchvision_sides(build, height, width, device, amp) -> dict:
+def torchvision_sides(build, height, width, device) -> dict:
     """torchvision's detector at its defaults, and at what may be its best here.
 
-    `build(model, dtype)` makes a side. `amp`: dtype of autocast; float32 where this hardware would
-    emulate another. Compiled where there is a C++ compiler and time for it.
+    `build(model, dtype)` makes a side. It computes in float32, or under autocast in bfloat16 where
+    the hardware has it; compiled where there is a C++ compiler and time for it.
     """
+    amp = dtype_of("auto", torch.device(device))
     settings = [(FORMATS[0], torch.float32, False), *((f, amp, False) for f in FORMATS)]
     if (device == "cpu" and shutil.which(os.environ.get("CXX", "g++"))
             and time.monotonic() - STARTED < COMPILE_UNTIL):
@@ -239,50 +240,43 @@ def exported_sides(model, images, sizes, folder) -> dict:
             report(f"inference: {runtime}", note=f"not installed: pip install {' '.join(needed)}")
             continue
         if not path.exists():
-            program = export.export(copy.deepcopy(model), export.nms_mask_onnx)
-            export.save(program, path, {})
+            export.save(export.export(copy.deepcopy(model), export.nms_mask_onnx), path, {})
         package = importlib.import_module(runtime)
-        if runtime == "onnxruntime":
+        if runtime == "openvino":
+            sides[runtime] = partial(package.Core().compile_model(path, "CPU"), inputs)
+        else:
             options = package.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             session = package.InferenceSession(path, options, ["CPUExecutionProvider"])
-            sides[runtime] = lambda session=session: session.run(None, inputs)
-        else:
-            network = package.Core().compile_model(path, "CPU")
-            sides[runtime] = lambda network=network: network(inputs)
+            sides[runtime] = partial(session.run, None, inputs)
     return sides
 
 
 # --- rows of a CPU, and networks on both --------------------------------------------------------
 
-def load_ours(folder):
-    """What a loader process of train.py does: uint8 on a canvas; the device makes floats of it."""
-    torch.set_num_threads(1)
-    dataset = data.open_split(folder, "train")
-    sampler = data.TrainSampler(dataset.annotations.sizes, dataset.with_boxes(), len(dataset), 0)
-    dataset.load(sampler.global_batch(0))
-
-
-def load_torchvision(folder):
-    """torchvision's references: Pillow, flip, float; then their detector normalises and resizes."""
-    torch.set_num_threads(1)
-    images = []
-    for i, path in enumerate(Path(folder, "train").iterdir()):
-        image = Image.open(path).convert("RGB")
-        images.append(pil_transforms.to_tensor(pil_transforms.hflip(image) if i % 2 else image))
-    GeneralizedRCNNTransform(800, 1333, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images)
-
-
 def input_pipeline(N=8):
-    """JPEG files in the page cache to a batch at 800/1333, one thread, each side in a process."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    """JPEG files in the page cache to a batch at 800/1333, in one thread.
+
+    Ours is uint8 on a canvas, of which the device makes floats. torchvision's references: Pillow,
+    flip, float; then their detector normalises and resizes.
+    """
+    resize = GeneralizedRCNNTransform(800, 1333, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
         coco_folder(folder, N, 480, 640)
-        sides = {}
-        for load in (load_ours, load_torchvision):
-            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
-            sides[load] = lambda pool=pool, load=load: pool.submit(load, folder).result()
-        times = take_turns(sides, seconds=15)
-    rates = [[1000 * N / ms for ms in times[side]] for side in sides]
+        dataset = data.open_split(folder, "train")
+        sampler = data.TrainSampler(dataset.annotations.sizes, dataset.with_boxes(), N, seed=0)
+
+        def theirs():
+            images = [Image.open(dataset.image_path(i)).convert("RGB") for i in range(N)]
+            images[::2] = map(pil_transforms.hflip, images[::2])
+            resize([pil_transforms.to_tensor(image) for image in images])
+
+        torch.set_num_threads(1)
+        times = take_turns({"ours": lambda: dataset.load(sampler.global_batch(0)),
+                            "theirs": theirs}, seconds=15)
+        torch.set_num_threads(threads)
+    rates = [[1000 * N / ms for ms in times[side]] for side in times]
     report("input: torchvision's references", "images/s", *rates, ">= 4x")
 
 
@@ -292,11 +286,10 @@ def dense_assignment(locations, boxes, labels, radius=1.5):
     reach, (lowest, highest) = radius * locations.stride, locations.size_range[..., None].unbind(1)
     for box, label in zip(boxes, labels):
         start, end = box[:, :2], box[:, 2:]                                          # (G, 2)
-        ltrb = torch.cat([xy - start, end - xy], dim=-1)                             # (L, G, 4)
-        lower = torch.maximum(start, (start + end) / 2 - reach[:, None, None])       # (L, G, 2)
-        upper = torch.minimum(end, (start + end) / 2 + reach[:, None, None])
-        inside, size = torch.cat([xy - lower, upper - xy], dim=-1).amin(-1), ltrb.amax(-1)
-        positive = (inside > 0) & (size >= lowest) & (size <= highest)               # (L, G)
+        ltrb, off = torch.cat([xy - start, end - xy], dim=-1), xy - (start + end) / 2
+        size = ltrb.amax(-1)                                                         # (L, G)
+        positive = ((ltrb.amin(-1) > 0) & (off.abs().amax(-1) < reach[:, None])
+                    & (size >= lowest) & (size <= highest))                          # (L, G)
         smallest, best = torch.where(positive, (end - start).prod(-1), torch.inf).min(dim=1)
         ltrb = ltrb[torch.arange(len(ltrb)), best]                                   # (L, 4)
         found.append(label[best].masked_fill(smallest == torch.inf, -1))             # (L,)
@@ -307,9 +300,9 @@ def assignment(N=4, height=800, width=1344):
     """Targets from locations that are there already, with center sampling."""
     locations = make_locations(height, width)
     truth = {G: list(map(list, boxes_in(N, G, height, width))) for G in (30, 100, 300)}
-    sides = {G: lambda G=G: assign_targets(locations, *truth[G]).labels for G in truth}
-    sides["dense"] = lambda: dense_assignment(locations, *truth[100])
-    same = sides[100]().equal(sides["dense"]())
+    sides = {G: partial(assign_targets, locations, *truth[G]) for G in truth}
+    sides["dense"] = partial(dense_assignment, locations, *truth[100])
+    same = sides[100]().labels.equal(sides["dense"]())
     times = take_turns(sides, seconds=15)
     report("assignment, 100 boxes: dense, as the original", "ms", times[100], times["dense"],
            ">= 20x", f"equal labels: {same}")
@@ -338,18 +331,16 @@ def inference(device="cpu", height=800, width=1216):
     model.load_state_dict(weights)
     detector = Detector(model, [f"class {c}" for c in range(C)], device)
     ours = lambda: detector.detect_batch(image, size)[0].boxes  # noqa: E731
-    amp = dtype_of("auto", torch.device(device))
-    peers = torchvision_sides(build, height, width, device, amp)
+    peers = torchvision_sides(build, height, width, device)
     found = [len(run()) for run in (ours, *peers.values())]
-    limit, limit_work = limits(device, 1, height, width, backward=False)
-    work = gflop(ours)
     with tempfile.TemporaryDirectory() as folder:
         exported = {} if gpu else exported_sides(model, image, size, folder)
-        times = take_turns({"ours": ours} | peers | exported | limit, device=device)
+        times = compare_networks(
+            "inference", ours, gflop(ours), peers | exported,
+            *limits(device, 1, height, width, backward=False), device,
+            ("", ">= 3x") if gpu else (">= 0.85x", ">= 1x"), f"; each side finds {found} boxes")
     if gpu:
-        report("inference on a GPU: an image", "ms", times["ours"], bar="<= 5")
-    report_network("inference", times, work, limit_work, ("", ">= 3x") if gpu else
-                   (">= 0.85x", ">= 1x"), f"{work:.0f} GFLOP; each side finds {found} boxes")
+        report("inference on a GPU: an image", "ms", times, bar="<= 5")
 
 
 def training(device="cpu", N=2, height=512, width=672, steps=1):
@@ -376,21 +367,19 @@ def training(device="cpu", N=2, height=512, width=672, steps=1):
     def build(model, dtype):
         learned = [p for p in model.train().parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(learned, lr=LR, momentum=0.9, weight_decay=1e-4)
-        scaler = torch.amp.GradScaler(device, init_scale=1024, enabled=dtype == torch.float16)
-        images = [x[:, :h, :w].float() / 255 for x, (h, w) in zip(batch.images, batch.sizes)]
-        images = [x.pin_memory() if gpu else x for x in images]
-        boxes, labels = batch.boxes.split(batch.counts), batch.labels.split(batch.counts)
+        h, w = batch.sizes[0].tolist()  # as of all
+        images = batch.images[:, :, :h, :w].float() / 255
+        images = images.pin_memory() if gpu else images
 
         def step():
-            inputs = [x.to(device, non_blocking=True) for x in images]
-            targets = [dict(boxes=b.to(device), labels=x.to(device)) for b, x in zip(boxes, labels)]
+            boxes, labels = (x.to(device).split(batch.counts) for x in (batch.boxes, batch.labels))
+            targets = [dict(boxes=b, labels=x) for b, x in zip(boxes, labels)]
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                total = sum(model(inputs, targets).values())
+                total = sum(model(list(images.to(device, non_blocking=True)), targets).values())
             total.item()  # the references stop at a loss that is not finite
             optimizer.zero_grad()
-            scaler.scale(total).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            total.backward()
+            optimizer.step()
         return lambda: [step() for _ in range(steps)]
 
     if gpu:  # while there is nothing else on it
@@ -399,16 +388,14 @@ def training(device="cpu", N=2, height=512, width=672, steps=1):
         ours()
         report("training on a GPU: memory", "GB", [torch.cuda.max_memory_allocated() / 1e9],
                bar="<= 15")
-    work = gflop(lambda: ours(run.model))
-    amp = torch.float16 if gpu else dtype_of("auto", torch.device(device))  # --amp is float16
-    peers = torchvision_sides(build, height, width, device, amp)
-    limit, limit_work = limits(device, N, height, width, backward=True)
-    times = take_turns({"ours": ours} | peers | limit, device=device)
+    times = compare_networks(
+        "training", ours, gflop(lambda: ours(run.model)),
+        torchvision_sides(build, height, width, device),
+        *limits(device, N, height, width, backward=True), device,
+        ("", ">= 3x") if gpu else (">= 0.8x", ">= 1x"), "")
     if gpu:
-        rate = [1000 * N * steps / ms for ms in times["ours"]]
+        rate = [1000 * N * steps / ms for ms in times]
         report("training on a GPU", "images/s", rate, bar=">= 200")
-    report_network("training", times, work, limit_work, ("", ">= 3x") if gpu else
-                   (">= 0.8x", ">= 1x"), f"{work:.0f} GFLOP")
 
 
 # --- kernels on a GPU ---------------------------------------------------------------------------
@@ -493,20 +480,20 @@ def focal(R=16 * 22_400, count=4):
 
 MEASUREMENTS = {
     "input": input_pipeline, "assignment": assignment, "inference": inference,
-    "training": training, "nms": nms, "focal": focal, "gpu_inference": lambda: inference("cuda"),
-    "gpu_training": lambda: training("cuda", 16, 800, 1333, steps=5)}
-ON_GPU = ("nms", "focal", "gpu_inference", "gpu_training")
+    "training": training, "nms": nms, "focal": focal, "gpu_inference": partial(inference, "cuda"),
+    "gpu_training": partial(training, "cuda", 16, 800, 1333, steps=5)}
+NEEDS = {"nms": csrc.available, "focal": csrc.available,  # those without need nothing
+         "gpu_inference": torch.cuda.is_available, "gpu_training": torch.cuda.is_available}
 
 
 def surroundings() -> str:
     """What a figure depends on."""
     cpu = torch.cpu.get_capabilities()
-    features = [name for name in ("avx512_bf16", "amx_bf16") if cpu.get(name)]
-    features = features or [f"{torch.backends.cpu.get_cpu_capability()}, no bfloat16"]
+    fast = [name for name in ("avx512_bf16", "amx_bf16") if cpu.get(name)] or ["no bfloat16"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return (f"{cpu.get('cpu_name', 'CPU')} ({', '.join(features)}), {torch.get_num_threads()} "
-            f"threads, load {os.getloadavg()[0]:.2f}; {gpu}; torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}")
+    return (f"{cpu.get('cpu_name', 'CPU')} ({torch.backends.cpu.get_cpu_capability()}, "
+            f"{', '.join(fast)}), {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f};"
+            f" {gpu}; torch {torch.__version__}, torchvision {torchvision.__version__}")
 
 
 def main(argv=None):
@@ -516,20 +503,17 @@ def main(argv=None):
                         default=list(MEASUREMENTS), help=", ".join(MEASUREMENTS))
     parser.add_argument("--json", metavar="OUT", help="file for every repetition")
     args = parser.parse_args(argv)
-    torch.backends.cudnn.benchmark = True  # as evaluate.init_distributed sets it; for both sides
+    torch.backends.cudnn.benchmark = True  # as train.py sets it; for both sides
     print(where := surroundings())
     print(LINE.format("\nrow: peer or limit", "", "ours", "peer", "ratio", "bar", "met"))
     for name in args.only:
-        if name in ON_GPU and not torch.cuda.is_available():
-            report(name, note="no GPU here")
-        elif name in ("nms", "focal") and not csrc.available():
-            report(name, note="no CUDA kernels here: see python -m csrc")
+        if name in NEEDS and not NEEDS[name]():
+            report(name, note="no GPU here, or no CUDA kernels: see python -m csrc")
         else:
             MEASUREMENTS[name]()
     print(f"{time.monotonic() - STARTED:.0f} s in all")
     if args.json:
-        text = json.dumps({"surroundings": where, "rows": ROWS}, indent=1)
-        atomic_write(args.json, lambda file: file.write(text.encode()))
+        Path(args.json).write_text(json.dumps({"surroundings": where, "rows": ROWS}, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.v2 import functional as transforms
-from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import plots  # noqa: E402
 import train  # noqa: E402
 from data import CocoDataset, UserError  # noqa: E402
 from model import atomic_write  # noqa: E402
@@ -42,15 +41,14 @@ LEVELS = ("ERROR", "NOTE", "INFO")
 class Findings(list):
     """The kinds of damage in a split: (level, text)."""
 
-    def say(self, level, what, examples, training, remedy):
-        lines = "\n    ".join([f"{level}: {what}", *examples])
-        self.append((level, f"\n{lines}\n  training: {training}\n  remedy: {remedy}"))
-
     def add(self, level, entries, what, example, training, remedy):
         """Report `entries`, if there are any; example(entry) describes one of them."""
         if len(entries):
-            examples = [example(entry) for entry in entries[:3]] + ["..."] * (len(entries) > 3)
-            self.say(level, f"{what}: {len(entries):,d}", examples, training, remedy)
+            lines = [f"\n{level}: {what}: {len(entries):,d}"]
+            lines += [f"    {example(entry)}" for entry in entries[:3] if example]
+            lines += ["    ..."] if example and len(entries) > 3 else []
+            lines += [f"  training: {training}", f"  remedy: {remedy}"]
+            self.append((level, "\n".join(lines)))
 
 
 def fault(table, entry, ids) -> tuple[str, str] | None:
@@ -58,10 +56,10 @@ def fault(table, entry, ids) -> tuple[str, str] | None:
     for key, (valid, expected, default) in data.FIELDS[table].items():
         if not valid(entry.get(key, default)):
             return f"whose {key} is not {expected}", key
-    if table != "annotations":
-        return ("that have the id of another", "id") if entry["id"] in ids[table] else None
+        if key == "id" and entry[key] in ids[table]:
+            return "that have the id of another", key
     for key, of in (("image_id", "images"), ("category_id", "categories")):
-        if entry[key] not in ids[of]:
+        if key in data.FIELDS[table] and entry[key] not in ids[of]:
             return f"whose {key} is not among the usable {of}", key
 
 
@@ -104,9 +102,9 @@ def read_split(json_file, folder, add):
 
 @np.errstate(over="ignore", invalid="ignore")  # of boxes that are not finite
 def check_annotations(dataset: CocoDataset, entries: list[dict], training: bool,
-                      config: train.TrainConfig, findings: Findings):
+                      config: train.TrainConfig, add):
     """What is doubtful in annotations that can be read. No image is opened."""
-    a, add = dataset.annotations, findings.add
+    a = dataset.annotations
 
     def of_image(i):
         return f"{a.file_names[i]} (image {a.image_ids[i]})"
@@ -171,13 +169,11 @@ def check_annotations(dataset: CocoDataset, entries: list[dict], training: bool,
         "another", of_box, "does not use it; other COCO tools do", "number them with --fix")
 
     without, boxes = train.count_without_location(dataset, config) if training else (0, 0)
-    if without:
-        stops = without == boxes
-        findings.say("ERROR" if stops else "NOTE", f"boxes that no location learns: {without:,d} "
-                     f"of the {boxes:,d} in the images sampled", [], "stops" if stops else
-                     "learns nothing from them; evaluation counts them all the same", "raise "
-                     "--train-short-sides, with --enlarge where images are smaller; boxes hidden "
-                     "behind smaller ones stay without")
+    add("ERROR" if without == boxes else "NOTE", range(without),
+        f"boxes, of {boxes:,d} in the images sampled, that no location learns", None,
+        "stops" if without == boxes else "learns nothing from them; evaluation counts them",
+        "raise --train-short-sides, with --enlarge where images are smaller; boxes hidden behind "
+        "smaller ones stay without")
 
 
 def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, dict[bytes, str]]:
@@ -188,13 +184,12 @@ def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, d
     def inspect(i):
         """Error, whether it is rotated and dark, content hash."""
         path, size = dataset.image_path(i), tuple(dataset.annotations.sizes[i, ::-1].tolist())
+        if not decode:
+            return "" if os.path.isfile(path) else f"{path}: no such file", False, False, None
         try:
-            if decode or not os.path.isfile(path):
-                dataset.image(i)
+            dataset.image(i)
         except UserError as error:
             return str(error), False, False, None
-        if not decode:
-            return "", False, False, None
         with Image.open(path) as image:
             rotates = image.size == size and image.getexif().get(EXIF_ORIENTATION) in range(2, 9)
             dark = image.mode.startswith("I;16") and np.asarray(image).max() < 2**12
@@ -214,39 +209,39 @@ def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, d
     return bad, {digest: dataset.image_path(i) for i, digest in enumerate(digests) if digest}
 
 
-def compare(datasets: list[CocoDataset], hashes: list[dict], add):
-    """What train and val should, and should not, have in common."""
-    ours, theirs = (set(zip(dataset.annotations.category_ids, dataset.annotations.category_names))
-                    for dataset in datasets)
+def compare(train_split, val_split, add):
+    """What the two, each its annotations and content hashes, should (not) have in common."""
+    (ours, trained), (theirs, judged) = train_split, val_split
+    ours, theirs = (set(zip(a.category_ids, a.category_names)) for a in (ours, theirs))
     add("ERROR", sorted(ours ^ theirs), "categories of only one of train and val",
         lambda c: f"{c[0]} {c[1]} is only in {'train' if c in ours else 'val'}",
         "stops", "give both files the same list of categories")
-    shared = [(hashes[0][d], hashes[1][d]) for d in hashes[1] if d in hashes[0]]
+    shared = [(trained[digest], judged[digest]) for digest in judged if digest in trained]
     add("NOTE", shared, "images of val that are in train, too", " = ".join, "learns what it is "
         "evaluated on, so that the figures are too good", "take them out of one of the splits")
 
 
 def describe(dataset: CocoDataset):
     """Print what is in a split, as half a page of text."""
-    def bars(title, names, counts, total):
+    def bars(title, names, counts, most=16):
         print(f"  {title}")
-        for name, count in zip(names, counts.tolist()):
+        width = max(map(len, names[:most]))
+        for name, count in zip(names[:most], counts.tolist()):
             bar = "#" * math.ceil(30 * count / max(1, counts.max()))
-            name = f"{name:<{max(map(len, names))}}"
-            print(f"    {name} {count:9,d} {count / max(1, total):5.0%} {bar}".rstrip())
+            share = count / max(1, counts.sum())
+            print(f"    {name:<{width}} {count:9,d} {share:5.0%} {bar}".rstrip())
 
     def histogram(title, values, edges, names):
-        counts = np.bincount(np.digitize(values, edges), minlength=len(names))
-        bars(title, names, counts, len(values))
+        bars(title, names, np.bincount(np.digitize(values, edges), minlength=len(names)))
 
     a = dataset.annotations
     print(dataset.summary())
     histogram("boxes of an image", np.diff(dataset.first), [1, 2, 4, 8, 16, 32, 64],
               ["0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64 or more"])
-    of_category = np.bincount(dataset.labels, minlength=len(a.category_ids))
-    order = np.argsort(-of_category, kind="stable")[:16]
+    counts = np.bincount(dataset.labels, minlength=len(a.category_ids))
+    order = np.argsort(-counts, kind="stable")
     bars("boxes of a category (the most frequent 16)", [a.category_names[c][:40] for c in order],
-         of_category[order], len(dataset.labels))
+         counts[order])
     histogram("area, as COCO evaluates it", a.areas[~a.crowd], [32**2, 96**2],
               ["small  < 32 x 32", "medium < 96 x 96", "large"])
     w, h = (dataset.boxes[:, 2:] - dataset.boxes[:, :2]).T
@@ -256,20 +251,20 @@ def describe(dataset: CocoDataset):
 
 def draw_batches(dataset: CocoDataset, images, config: train.TrainConfig, path):
     """Draw three batches of `images` as the network sees them in training (black: padding)."""
-    names, tiles, side = dataset.annotations.category_names, [], 320
+    a, tiles = dataset.annotations, []
     sampler = data.TrainSampler(
-        dataset.annotations.sizes, images, 4, config.seed, config.train_short_sides,
-        config.model.long_side, config.model.enlarge, config.flip, config.canvas_sides)
+        a.sizes, images, 4, config.seed, config.train_short_sides, config.model.long_side,
+        config.model.enlarge, config.flip, config.canvas_sides)
     for step in range(3):
         batch = dataset.load(sampler.global_batch(step))
-        for image, boxes, labels in zip(batch.images, batch.boxes.split(batch.counts),
-                                        batch.labels.split(batch.counts)):
-            tile = evaluate.draw(image, boxes, labels, [names[i] for i in labels], side)
-            _, h, w = tile.shape
-            tiles.append(transforms.pad(tile, [0, 0, side - w, side - h], fill=255))
-    picture = transforms.to_pil_image(make_grid(tiles, nrow=4, padding=6, pad_value=255))
-    atomic_write(path, lambda file: picture.save(file, "PNG"))
-    print(f"  three training batches of four images: {path}")
+        for i, image, boxes, labels in zip(batch.indices, batch.images,
+                                           batch.boxes.split(batch.counts),
+                                           batch.labels.split(batch.counts)):
+            names = [a.category_names[label] for label in labels]
+            tiles.append((f"batch {step + 1}: image {a.image_ids[i]}",
+                          evaluate.draw(image, boxes, labels, names, side=320)))
+    print("  three training batches of four images: ", end="")
+    plots.save_grid(tiles, 4, path)
 
 
 def write_fixed(a: data.Annotations, rows: dict, left_out, out):
@@ -315,8 +310,6 @@ def main(argv=None):
         raise UserError("--fix repairs one file; name it with --split")
     if args.fix and os.path.lexists(args.fix):
         raise UserError(f"{args.fix}: exists and is not overwritten; name a new file for --fix")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     kinds = {"train": config.train_split, "val": config.val_split}
     if args.split:
         kinds = {"val" if args.split.startswith("val") else "train": args.split}
@@ -325,7 +318,7 @@ def main(argv=None):
     print(f"training: a short side of {low if low == high else f'{low} to {high}'}, a long side of "
           f"at most {config.model.long_side} pixels, {'' if config.model.enlarge else 'never '}"
           f"enlarged, center sampling of radius {config.center_radius:g} (0: off)")
-    datasets, hashes, levels = [], [], set()
+    splits, levels = [], set()
     for kind, name in kinds.items():
         print()
         findings = Findings()
@@ -333,23 +326,22 @@ def main(argv=None):
             json_file, folder = data.find_split(args.dir, kind, name)
             dataset, rows, entries = read_split(json_file, folder, findings.add)
             describe(dataset)
-            check_annotations(dataset, entries, kind == "train", config, findings)
-            unusable, found = check_images(dataset, args.images, findings.add)
-            datasets.append(dataset)
-            hashes.append(found)
-            if len(datasets) == 2:
-                compare(datasets, hashes, findings.add)
+            check_annotations(dataset, entries, kind == "train", config, findings.add)
+            unusable, hashes = check_images(dataset, args.images, findings.add)
+            splits.append((dataset.annotations, hashes))
+            if len(splits) == 2:
+                compare(*splits, findings.add)
             drawable = np.setdiff1d(dataset.with_boxes(), unusable)
             if len(drawable):
                 picture = f"{json_file.stem.removeprefix('instances_')}.png"
-                draw_batches(dataset, drawable, config, out / picture)
+                draw_batches(dataset, drawable, config, Path(args.out, picture))
         except UserError as error:
             findings.append(("ERROR", f"\nERROR: {error}"))
         for _, text in sorted(findings, key=lambda finding: LEVELS.index(finding[0])):
             print(text)
         levels |= {level for level, _ in findings}
-    if args.fix and datasets:
-        write_fixed(datasets[0].annotations, rows, unusable, args.fix)
+    if args.fix and splits:
+        write_fixed(dataset.annotations, rows, unusable, args.fix)
 
     if not args.images:
         print("\nNo image was decoded; --images decodes them all.")

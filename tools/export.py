@@ -80,17 +80,16 @@ def export(model: FCOS, nms=nms_mask) -> torch.export.ExportedProgram:
     return torch.export.export(ExportedDetector(model, nms), example, dynamic_shapes=shapes)
 
 
-def save(program: torch.export.ExportedProgram, path, categories: dict):
+def save(program: torch.export.ExportedProgram, path: Path, categories: dict):
     """Write a .pt2 or .onnx file."""
-    if Path(path).suffix == ".pt2":
+    if path.suffix == ".pt2":
         extra_files = {"categories.json": json.dumps(categories)}
         memory = io.BytesIO()  # PyTorch's writer ends the process on a full disk
         torch.export.save(program, memory, extra_files=extra_files)
         atomic_write(path, lambda file: file.write(memory.getbuffer()))
         return
     try:
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False,
-                                 input_names=("images", "image_sizes"),
+        onnx = torch.onnx.export(program, verbose=False, input_names=("images", "image_sizes"),
                                  output_names=("boxes", "scores", "labels", "count"))
     except ImportError as error:
         raise UserError(f"{path}: an ONNX file needs packages that are not installed ({error}); "
@@ -107,14 +106,13 @@ def main(argv=None):
                         help=".pt2 or .onnx file (default: detector.pt2 in the run folder)")
     args = parser.parse_args(argv)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    args.out = args.out or folder / "detector.pt2"
-    if Path(args.out).suffix not in (".pt2", ".onnx"):
+    out = Path(args.out or folder / "detector.pt2")
+    if out.suffix not in (".pt2", ".onnx"):
         parser.error("--out must end in .pt2 or .onnx")
     checkpoint = load_checkpoint(args.run)
-    categories = checkpoint["categories"]
-    nms = nms_mask if Path(args.out).suffix == ".pt2" else nms_mask_onnx
-    save(export(build_model(checkpoint, args.run), nms), args.out, categories)
-    print(f"{args.out}: {', '.join(categories['names'])}")
+    nms = nms_mask if out.suffix == ".pt2" else nms_mask_onnx
+    save(export(build_model(checkpoint, args.run), nms), out, checkpoint["categories"])
+    print(f"{out}: {', '.join(checkpoint['categories']['names'])}")
 
 
 if __name__ == "__main__":

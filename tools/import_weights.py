@@ -58,18 +58,11 @@ RENAMES = (  # applied in this order
 )
 
 
-def read_state_dict(path) -> dict[str, Tensor]:
-    """The state dict in a file, alone or under "model"."""
-    loaded = read_archive(path)
-    state = loaded.get("model", loaded)
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise UserError(f"{path}: holds no state dict (names and tensors), neither alone nor under "
-                        '"model"; save the weights alone: torch.save(model.state_dict(), NEW)')
-    return state
-
-
 def convert(weights: dict[str, Tensor], form: str, source) -> tuple[ModelConfig, dict]:
     """Weights in our names, with all their class rows, and the config that tells their meaning."""
+    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise UserError(f"{source}: holds no state dict (names and tensors), neither alone nor "
+                        'under "model"; save that: torch.save(model.state_dict(), NEW)')
     state = {}
     for name, value in weights.items():
         for pattern, replacement in RENAMES:
@@ -83,8 +76,10 @@ def convert(weights: dict[str, Tensor], form: str, source) -> tuple[ModelConfig,
     config = fitting_config(state, form, source)
     if form != "torchvision":
         state["backbone.body.conv1.weight"] = state["backbone.body.conv1.weight"].flip(1)  # of BGR
+        # They divide by sqrt(var), FrozenBatchNorm2d by sqrt(var + 1e-5).
         for name in [name for name in state if name.endswith(".running_var")]:
-            remove_eps(state, name.removesuffix("running_var"))
+            weight, var = name.replace("running_var", "weight"), state[name].double()
+            state[weight] = (state[weight] * (1 + 1e-5 / var).sqrt()).float()
     return config, state
 
 
@@ -110,15 +105,6 @@ def fitting_config(state: dict[str, Tensor], form: str, source) -> ModelConfig:
                     f"{', '.join(examples)}")
 
 
-def remove_eps(state: dict[str, Tensor], norm: str, eps=1e-5):
-    """maskrcnn-benchmark divides by sqrt(var), FrozenBatchNorm2d by sqrt(var + eps).
-
-    Multiplying the weight by the ratio is exact to float32 rounding, however small var is.
-    """
-    var = state[f"{norm}running_var"].double()
-    state[f"{norm}weight"] = (state[f"{norm}weight"] * ((var + eps) / var).sqrt()).float()
-
-
 def read_categories(path) -> dict[int, str]:
     """Category id -> name, in the order of the file."""
     try:
@@ -137,16 +123,15 @@ def import_weights(weights: dict[str, Tensor], form: str, source, categories_fil
     """
     config, state = convert(weights, form, source)
     C, row_is_id = config.num_classes, form == "torchvision"
-    first = 0 if row_is_id else 1
-    names = {i: f"class {i}" for i in range(first, first + C)}
     if categories_file:
         names = read_categories(categories_file)
     elif C == (91 if row_is_id else 80):
         names = COCO_CLASSES
+    else:
+        names = {i: f"class {i}" for i in (range(C) if row_is_id else range(1, C + 1))}
     ids = sorted(names)
     rows = ids if row_is_id else [list(names).index(i) for i in ids]
-    fits = ids and 0 <= ids[0] <= ids[-1] < C if row_is_id else len(ids) == C
-    if not fits:
+    if not rows or not set(rows) <= set(range(C)) or not row_is_id and len(rows) < C:
         raise UserError(f"{categories_file}: its {len(ids)} categories do not fit the {C} class "
                         f"rows of {source}; name the annotations that it was trained on")
     for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
@@ -170,12 +155,12 @@ def main(argv=None):
         weights = download(PUBLISHED, "run: python tools/import_weights.py "
                            f"{Path(PUBLISHED.url).name} --form torchvision --out {args.out}")
     else:
-        weights = read_state_dict(args.file)
+        weights = read_archive(args.file)
+        weights = weights.get("model", weights)
     checkpoint = import_weights(weights, args.form, args.file, args.categories)
     atomic_write(args.out, lambda file: torch.save(checkpoint, file))
-    names = checkpoint["categories"]["names"]
-    print(f"{args.out}: {checkpoint['config']['model']['backbone']}, {len(names)} classes: "
-          f"{', '.join(names)}")
+    model, names = checkpoint["config"]["model"], checkpoint["categories"]["names"]
+    print(f"{args.out}: {model['backbone']}, {len(names)} classes: {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pad, pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -32,7 +34,7 @@ import train  # noqa: E402
 from assign import STRIDES, assign_targets, make_locations  # noqa: E402
 from data import UserError  # noqa: E402
 from loss import box_loss, focal_loss  # noqa: E402
-from model import atomic_write, load_checkpoint  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 COLORS = ("crimson", "royalblue", "forestgreen", "darkorange", "purple", "saddlebrown", "teal",
           "deeppink", "black", "olive")
@@ -41,7 +43,7 @@ THRESHOLD = 0.3  # final score from which a detection is judged
 
 def save(image: Image.Image, path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: image.save(file, "png"))
+    image.save(path)
     print(path)
 
 
@@ -61,7 +63,7 @@ def save_grid(tiles: list[tuple[str, Tensor]], columns, path: Path):
 # --- charts -------------------------------------------------------------------------------------
 
 class Panel(NamedTuple):
-    """One line chart. Ticks: position -> label; by default round numbers that begin at 0."""
+    """One line chart. Ticks, evenly spaced: value -> label; default: round ones that hold 0."""
     title: str
     x_name: str
     curves: dict[str, tuple]  # name -> x values, y values
@@ -79,8 +81,8 @@ def ticks(values) -> dict[float, str]:
     return {float(n * step): f"{n * step:g}" for n in np.arange(first, last + 1)}
 
 
-def chart(panels: list[Panel], columns=3) -> Image.Image:
-    """Panels in a grid, each with a legend. Drawn at twice the size and reduced: smooth lines.
+def chart(panels: list[Panel]) -> Image.Image:
+    """Panels in rows of three, each with a legend. Drawn at twice the size and reduced: smooth.
 
     The first curve of a panel is wider, so that another that coincides with it is seen too.
     """
@@ -88,38 +90,30 @@ def chart(panels: list[Panel], columns=3) -> Image.Image:
     longest = max(font.getlength(name) for panel in panels for name in panel.curves)
     most = max(len(panel.curves) for panel in panels)
     cell_width, cell_height = width + 160 + round(longest), max(height, line * most) + 180
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
+    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
     picture = Image.new("RGB", (cell_width * columns, cell_height * rows), "white")
     pen = ImageDraw.Draw(picture)
     for n, panel in enumerate(panels):
-        row, column = divmod(n, columns)
-        left, upper = column * cell_width + 110, row * cell_height + 60
+        left, upper = n % 3 * cell_width + 110, n // 3 * cell_height + 60
         right, lower = left + width, upper + height
         x, y = (np.concatenate(values) for values in zip(*panel.curves.values()))
         x_ticks, y_ticks = panel.x_ticks or ticks(x), panel.y_ticks or ticks(y)
-
-        def place(x, y):
-            return (np.interp(x, [min(x_ticks), max(x_ticks)], [left, right]),
-                    np.interp(y, [min(y_ticks), max(y_ticks)], [lower, upper]))
-
         pen.text((left, upper - 24), panel.title, "black", font, "ls")
         pen.text(((left + right) / 2, lower + 82), panel.x_name, "black", font, "ms")
-        for tick, label in x_ticks.items():
-            x, _ = place(tick, 0)
+        for x, label in zip(np.linspace(left, right, len(x_ticks)), x_ticks.values()):
             pen.line([(x, upper), (x, lower)], "gainsboro", 2)
             pen.text((x, lower + 12), label, "black", font, "ma")
-        for tick, label in y_ticks.items():
-            _, y = place(0, tick)
+        for y, label in zip(np.linspace(lower, upper, len(y_ticks)), y_ticks.values()):
             pen.line([(left, y), (right, y)], "gainsboro", 2)
             pen.text((left - 12, y), label, "black", font, "rm")
-        for k, (name, curve) in enumerate(panel.curves.items()):
-            color, points = COLORS[k % len(COLORS)], list(zip(*place(*curve)))
+        for k, (name, (x, y)) in enumerate(panel.curves.items()):
+            color, wide = COLORS[k % len(COLORS)], k == 0 and len(panel.curves) > 1
+            points = list(zip(np.interp(x, [min(x_ticks), max(x_ticks)], [left, right]),
+                              np.interp(y, [min(y_ticks), max(y_ticks)], [lower, upper])))
+            pen.line(points, color, 10 if wide else 4, joint="curve")
+            for end in points[-1:]:
+                pen.circle(end, 6, color)
             pen.text((right + 24, upper + line * (k + 0.5)), name, color, font, "lm")
-            if points:
-                wide = 10 if k == 0 and len(panel.curves) > 1 else 4
-                pen.line(points, color, wide, joint="curve")
-                pen.circle(points[-1], 6, color)
     return picture.reduce(2)
 
 
@@ -130,7 +124,7 @@ def draw_targets(args):
     locations, labels = make_locations(*image.shape[1:]), torch.arange(len(boxes))
     variants = {title: assign_targets(locations, [boxes], [labels], radius)
                 for title, radius in (("whole box", None), ("center sampling 1.5", 1.5))}
-    print("positive locations       " + "".join(f"{title:<30}" for title in variants))
+    print("positive locations   " + "".join(f"    {title:<26}" for title in variants))
     print("box                  " + 2 * "    P3    P4    P5    P6    P7")
     for g, (w, h) in enumerate((boxes[:, 2:] - boxes[:, :2]).tolist()):
         counts = [((t.labels[0] == g) & (locations.stride == s)).sum()
@@ -192,7 +186,7 @@ def read_image(root, image_id: int | None):
 
 def draw_losses(args):
     target = torch.tensor([[20.0, 20, 20, 20]])
-    box = {kind: lambda pred, kind=kind: box_loss(pred, target, kind)
+    box = {kind: partial(box_loss, target_ltrb=target, kind=kind)
            for kind in ("linear_iou", "giou", "iou")}
     u = (torch.arange(128) + 0.5) / 128  # (128,) in 0 .. 1: no sample lies on a kink
     shift = 20 * u[:, None] * torch.tensor([-1, -1, 1, 1])
@@ -200,28 +194,22 @@ def draw_losses(args):
         [focal_loss(logit[None], torch.tensor([0]), 1, gamma) for logit in logits])
         for gamma in (0, 1, 2)}
     values, gradients = [], []
-    for title, by, x, losses, x_name, labels in (
-            ("box loss", "ltrb", target * 4 ** (2 * u[:, None] - 1), box,
+    for title, by, losses, x, x_name, labels in (
+            ("box loss", "ltrb", box, target * 4 ** (2 * u[:, None] - 1),
              "size / size of the target", "1/4 1/2 1 2 4"),
-            ("box loss", "ltrb", target + shift, box,
-             "shift in x and in y, pixels", "0 5 10 15 20"),
-            ("focal loss, alpha 1", "logit", u[:, None].logit(), focal,
+            ("box loss", "ltrb", box, target + shift, "shift in x and y, pixels", "0 5 10 15 20"),
+            ("focal loss, alpha 1", "logit", focal, u[:, None].logit(),
              "p_t, the probability of the right answer", "0 1/4 1/2 3/4 1")):
         x_ticks = {i / 4: label for i, label in enumerate(labels.split())}
-        loss, slope = {}, {}
+        values.append(Panel(title, x_name, {}, x_ticks))
+        gradients.append(Panel(f"|d loss / d {by}|", x_name, {}, x_ticks))
         for name, function in losses.items():
-            value, gradient = with_gradient(function, x)
-            loss[name], slope[name] = (u, value), (u, gradient.norm(dim=1))
-        values.append(Panel(title, x_name, loss, x_ticks))
-        gradients.append(Panel(f"|d loss / d {by}|", x_name, slope, x_ticks))
+            inputs = x.clone().requires_grad_()
+            value = function(inputs)
+            value.sum().backward()
+            values[-1].curves[name] = u, value.detach()
+            gradients[-1].curves[name] = u, inputs.grad.norm(dim=1)
     save(chart(values + gradients), args.out)
-
-
-def with_gradient(loss, x):
-    """The loss (K,) of the rows of x, and its gradient, of the shape of x."""
-    x = x.clone().requires_grad_()
-    value = loss(x)
-    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
 # --- curves of runs -----------------------------------------------------------------------------
@@ -250,113 +238,107 @@ def draw_evaluation(args):
                               args.val_split or trained["val_split"])
     a = dataset.annotations
     evaluate.check_categories(a, **checkpoint["categories"], owner=str(args.run))
-    results = read_results(folder / "results.json", a)
-    evaluation = evaluate.coco_evaluation(a, results)
-    names = [ascii(name)[1:-1] for name in a.category_names]  # the fonts have no other letters
-    save(precision_recall(evaluation, names), folder / "precision_recall.png")
-    verdicts = judge(evaluation, a, results)
-    for name, images in choose(verdicts, results).items():
-        path = folder / f"{name}.png"
-        path.unlink(missing_ok=True)  # of an older evaluation
-        if images:
-            tiles = [judged(dataset, names, results, i, verdicts[i]) for i in images]
-            save_grid(tiles, 4, path)
-        else:
-            print(f"no {path}: there is nothing to show at score {THRESHOLD}")
-
-
-def read_results(path: Path, annotations: data.Annotations) -> list[dict]:
-    """The detections that evaluate.py wrote."""
+    a = dataset.annotations = a._replace(  # the fonts have no other letters
+        category_names=[ascii(name)[1:-1] for name in a.category_names])
+    path = folder / "results.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; write it with python evaluate.py RUN")
     results = json.loads(path.read_text())
-    if not {row["image_id"] for row in results} <= set(annotations.image_ids.tolist()):
-        raise UserError(f"{path}: is not of {annotations.path}; name what was evaluated with "
-                        "--data and --val-split")
-    return results
+    if not {row["image_id"] for row in results} <= set(a.image_ids.tolist()):
+        raise UserError(f"{path}: is not of {a.path}; name what was evaluated with --data and "
+                        "--val-split")
+    evaluation = evaluate.coco_evaluation(a, results)
+    save(precision_recall(evaluation, a.category_names), folder / "precision_recall.png")
+    verdicts = judge(evaluation)
+    for name, images in choose(verdicts).items():
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)  # of an older evaluation
+        if images:
+            save_grid([judged(dataset, i, verdicts[i]) for i in images], 4, path)
+        else:
+            print(f"no {path}: there is nothing to show at score {THRESHOLD}")
 
 
 def precision_recall(evaluation, names) -> Image.Image:
     """Precision against recall: the mean over classes at several IoUs, and each class at 0.5."""
     precision = evaluation.eval["precision"][..., 0, -1]  # (10 IoUs, 101 recalls, C)
-    recall, AP50 = evaluation.params.recThrs, precision[0].mean(axis=0)
+    recall, AP50, unit = evaluation.params.recThrs, precision[0].mean(axis=0), ticks([0, 1])
     known = sorted(np.flatnonzero(AP50 > -1), key=lambda k: -AP50[k])  # -1: has no true box
     if not known:
         raise UserError("the validation split has no boxes to compare with")
-    title, shown = "by class", known
-    if len(known) > 10:
-        title, shown = "best and worst 5 classes", known[:5] + known[-5:]
+    shown = known if len(known) <= 10 else known[:5] + known[-5:]
     by_iou = {f"IoU {evaluation.params.iouThrs[t]:.1f}": (
         recall, precision[t][:, known].mean(axis=1)) for t in (0, 2, 4, 6, 8)}
     by_class = {f"{names[k]} {AP50[k]:.2f}": (recall, precision[0, :, k]) for k in shown}
-    unit = ticks([0, 1])
-    return chart([Panel("precision, mean over classes", "recall", by_iou, unit, unit),
-                  Panel(f"precision, IoU 0.5, {title}", "recall", by_class, unit, unit)])
+    return chart([
+        Panel("precision, mean over classes", "recall", by_iou, unit, unit),
+        Panel("precision at IoU 0.5, best and worst classes", "recall", by_class, unit, unit)])
 
 
-def judge(evaluation, annotations, results: list[dict]) -> dict[int, dict[str, list[int]]]:
-    """Image -> what was right and wrong (indices of detections) and missed (of annotations).
+def judge(evaluation) -> dict[int, dict[str, list[dict]]]:
+    """Image id -> what was missed (annotations), wrong and right (detections).
 
     By pycocotools' matching at IoU 0.5. It matches the best scores first, so detections below the
     threshold change nothing above it.
     """
-    index = {id: i for i, id in enumerate(annotations.image_ids.tolist())}
-    drawable, scores = data.learnable(annotations), np.array([row["score"] for row in results])
-    verdicts = defaultdict(lambda: {"right": [], "wrong": [], "missed": []})
+    verdicts = defaultdict(lambda: {"missed": [], "wrong": [], "right": []})
+    truth, detections = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     for e in evaluation.evalImgs:                                   # one class in one image
         if e is None or e["aRng"] != evaluation.params.areaRng[0]:  # the first one: all areas
             continue
-        detections, match = np.array(e["dtIds"], np.int64) - 1, e["dtMatches"][0]  # ids: from 1
-        confident = scores[detections] >= THRESHOLD
-        counts = confident & (e["dtIgnore"][0] == 0)
-        verdict = verdicts[index[e["image_id"]]]
-        verdict["right"] += detections[counts & (match > 0)].tolist()
-        verdict["wrong"] += detections[counts & (match == 0)].tolist()
-        verdict["missed"] += [id - 1 for id, ignored in zip(e["gtIds"], e["gtIgnore"])
-                              if not ignored and id not in match[confident] and drawable[id - 1]]
+        verdict, found = verdicts[e["image_id"]], set()
+        for id, score, match, ignored in zip(e["dtIds"], e["dtScores"], e["dtMatches"][0],
+                                             e["dtIgnore"][0]):
+            if score >= THRESHOLD:
+                found.add(match)
+                if not ignored:
+                    verdict["right" if match else "wrong"].append(detections[id])
+        verdict["missed"] += [truth[id] for id, ignored in zip(e["gtIds"], e["gtIgnore"])
+                              if not ignored and id not in found and truth[id]["bbox"][2] > 0]
     return verdicts
 
 
-def choose(verdicts, results, count=8) -> dict[str, list[int]]:
+def choose(verdicts, count=8) -> dict[str, list[int]]:
     """The images that went best (by F1, something was right), worst and most confidently wrong."""
-    def f1(v):
-        return 2 * len(v["right"]) / (2 * len(v["right"]) + len(v["wrong"]) + len(v["missed"]))
+    def f1(i):
+        missed, wrong, right = map(len, verdicts[i].values())
+        return 2 * right / (2 * right + wrong + missed)
 
-    right, wrong, faulty = (
-        [i for i, v in verdicts.items() if any(v[name] for name in names)]
-        for names in (["right"], ["wrong"], ["wrong", "missed"]))
-    right.sort(key=lambda i: (-f1(verdicts[i]), -len(verdicts[i]["right"])))
-    wrong.sort(key=lambda i: -max(results[d]["score"] for d in verdicts[i]["wrong"]))
-    faulty.sort(key=lambda i: f1(verdicts[i]))
-    return {"best": right[:count], "worst": faulty[:count], "wrong": wrong[:count]}
+    best, worst, wrong = ([i for i, v in verdicts.items() if any(v[name] for name in names)]
+                          for names in (["right"], ["wrong", "missed"], ["wrong"]))
+    best.sort(key=lambda i: (-f1(i), -len(verdicts[i]["right"])))
+    worst.sort(key=f1)
+    wrong.sort(key=lambda i: -max(row["score"] for row in verdicts[i]["wrong"]))
+    return {"best": best[:count], "worst": worst[:count], "wrong": wrong[:count]}
 
 
-def judged(dataset, names, results, i, verdict, side=480) -> tuple[str, Tensor]:
-    """A caption, and image i with what was right, wrong and missed."""
-    a, image = dataset.annotations, dataset.image(i)
+def judged(dataset, image_id, verdict, side=480) -> tuple[str, Tensor]:
+    """A caption, and the image with what was missed (dashed), wrong and right."""
+    a = dataset.annotations
+    image = dataset.image(a.image_ids.tolist().index(image_id))
     scale = side / max(image.shape)
-    drawn = [(0, a.boxes[m], names[a.labels[m]], "blue") for m in verdict["missed"]]
-    for name, color in (("right", "green"), ("wrong", "red")):
-        for d in verdict[name]:
-            row = results[d]
-            x, y, w, h = row["bbox"]
-            text = f"{names[a.category_ids.index(row['category_id'])]} {row['score']:.2f}"
-            drawn.append((row["score"], (x, y, x + w, y + h), text, color))
-    drawn.sort(key=lambda one: one[0])  # the best on top
-    _, boxes, texts, colors = zip(*drawn)
-    boxes = torch.tensor(np.array(boxes)).clamp(0, max(image.shape)) * scale
-    image = data.resize(image, tuple(max(1, round(s * scale)) for s in image.shape[1:]))
-    image = draw_bounding_boxes(image, boxes, texts, list(colors), width=2, fill_labels=True,
-                                label_colors="white")
-    right, wrong, missed = (len(verdict[name]) for name in ("right", "wrong", "missed"))
-    return f"{right} right (green), {wrong} wrong (red), {missed} missed (blue)", image
+    h, w = (max(1, round(s * scale)) for s in image.shape[1:])
+    image = data.resize(image, (h, w))
+    stripes = (torch.arange(h)[:, None] + torch.arange(w)) % 12 < 7
+    for (kind, rows), color in zip(verdict.items(), ("blue", "red", "green")):
+        if rows:
+            boxes = box_convert(torch.tensor([row["bbox"] for row in rows]), "xywh", "xyxy")
+            boxes = (boxes * scale).clamp(0, side)
+            texts = [a.category_names[a.category_ids.index(row["category_id"])]
+                     + (f" {row['score']:.2f}" if "score" in row else "") for row in rows]
+            lines = draw_bounding_boxes(image, boxes, colors=color, width=2)
+            image = torch.where(stripes, lines, image) if kind == "missed" else lines
+            image = draw_bounding_boxes(image, boxes, texts, color, width=0, fill_labels=True,
+                                        label_colors="white")
+    missed, wrong, right = map(len, verdict.values())
+    return f"{right} right (green), {wrong} wrong (red), {missed} missed (dashed)", image
 
 
 # --- command line -------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
+    commands = parser.add_subparsers(required=True, metavar="PICTURE")
     targets = commands.add_parser("targets", help="which location of which level learns which box")
     targets.add_argument("--data", metavar="DIR", help="COCO-format folder (default: an example)")
     targets.add_argument("--image", type=int, metavar="ID", help="default: the first with boxes")
@@ -367,13 +349,13 @@ def main(argv=None):
     judged.add_argument("run", type=Path, metavar="RUN", help="evaluated folder or checkpoint")
     judged.add_argument("--data", metavar="DIR", help="COCO-format folder (default: the run's)")
     judged.add_argument("--val-split", default="", metavar="NAME", help="default: the run's")
-    for command in (targets, losses, curves):
-        command.add_argument("--out", type=Path, metavar="FILE", help="default: runs/PICTURE.png")
+    judged.set_defaults(draw=draw_evaluation)
+    for command, draw in ((targets, draw_targets), (losses, draw_losses), (curves, draw_curves)):
+        command.set_defaults(draw=draw)
+        command.add_argument("--out", type=Path, metavar="FILE", help="default: %(default)s",
+                             default=f"runs/{command.prog.split()[-1]}.png")
     args = parser.parse_args(argv)
-    if args.picture != "evaluation":
-        args.out = args.out or Path("runs", f"{args.picture}.png")
-    {"targets": draw_targets, "losses": draw_losses, "curves": draw_curves,
-     "evaluation": draw_evaluation}[args.picture](args)
+    args.draw(args)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,24 @@ from data import UserError  # noqa: E402
 from model import atomic_write  # noqa: E402
 
 
-def image_size(path) -> tuple[int, int]:
-    """Width and height of an image as it is shown, turned by its EXIF note."""
-    with Image.open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return image.size
+def find_files(src: Path):
+    """Yields split, image folder and (image file, annotation file) of each image."""
+    if (src / "Annotations").is_dir():  # VOC
+        images = src / "JPEGImages"
+        files = {path.stem: path for path in images.iterdir()}
+        for split in ("train", "val"):
+            listing = (src / "ImageSets" / "Main" / f"{split}.txt").read_text()
+            yield split, images, [
+                (files.get(stem, images / f"{stem}.jpg"), src / "Annotations" / f"{stem}.xml")
+                for stem in re.findall(r"^\s*(\S+)", listing, re.M)]
+        return
+    folders = [(x.name, x, src / "labels" / x.name) for x in sorted(src.glob("images/*/"))]
+    folders += [(x.name, x / "images", x / "labels") for x in sorted(src.glob("*/"))]
+    folders = [f for f in folders if f[1].is_dir() and f[2].is_dir()]
+    for split, images, labels in folders or [("train", src / "images", src / "labels")]:
+        yield split, images, [(path, labels / path.relative_to(images).with_suffix(".txt"))
+                              for path in sorted(images.rglob("*"))
+                              if path.suffix.lower() in evaluate.IMAGE_FILES]
 
 
 def yolo_names(src: Path) -> dict[int, str]:
@@ -49,62 +62,39 @@ def yolo_names(src: Path) -> dict[int, str]:
     return dict(enumerate(path.read_text("utf-8-sig").splitlines())) if path.is_file() else {}
 
 
-def yolo_object(line: str, names: dict[int, str], width, height):
-    """The class (number, name), xywh box in pixels and crowd (0 or 1) of an object."""
-    number, *values = line.split()
-    values = [float(value) for value in values]
-    if len(values) < 4 or len(values) % 2 or not all(0 <= value <= 1 for value in values):
-        raise ValueError
-    x, y, w, h = values[:4]
-    x, y = x - w / 2, y - h / 2
-    if len(values) > 4:  # a polygon
-        x, y = min(values[::2]), min(values[1::2])
-        w, h = max(values[::2]) - x, max(values[1::2]) - y
-    name = names[int(number)] if names else number
-    return (int(number), name), (x * width, y * height, w * width, h * height), 0
+def yolo_objects(path: Path, names: dict[int, str], width, height):
+    """The class (number, name), xyxy box in pixels and crowd (0 or 1) of each object."""
+    objects = []
+    for line in filter(str.strip, path.read_text().splitlines() if path.is_file() else []):
+        try:
+            number, *values = line.split()
+            values = [float(value) for value in values]
+            if len(values) < 4 or len(values) % 2 or not all(0 <= value <= 1 for value in values):
+                raise ValueError
+            its_class = int(number), names[int(number)] if names else number
+        except (ValueError, KeyError):
+            raise UserError(f"{path}: {line!r:.80} is not a class ({len(names) or 'any'}) and x y "
+                            "w h, or a polygon, in 0 .. 1; correct it") from None
+        if len(values) == 4:
+            x, y, w, h = values
+            values = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
+        objects.append((its_class, (min(xs), min(ys), max(xs), max(ys)), 0))
+    return objects
 
 
-def read_yolo(src: Path, names: dict[int, str]):
-    """Yields split, image folder and (image file, size, objects) of each image."""
-    folders = [(x.name, x, src / "labels" / x.name) for x in sorted(src.glob("images/*/"))]
-    folders += [(x.name, x / "images", x / "labels") for x in sorted(src.glob("*/"))]
-    folders = [f for f in folders if f[1].is_dir() and f[2].is_dir()]
-    for split, images, labels in folders or [("train", src / "images", src / "labels")]:
-        entries = []
-        for path in sorted(images.rglob("*")):
-            if path.suffix.lower() not in evaluate.IMAGE_FILES:
-                continue
-            text, size = labels / path.relative_to(images).with_suffix(".txt"), image_size(path)
-            lines, objects = text.read_text().splitlines() if text.is_file() else [], []
-            for line in filter(str.strip, lines):
-                try:
-                    objects.append(yolo_object(line, names, *size))
-                except (ValueError, KeyError):
-                    raise UserError(f"{text}: {line!r:.80} is not a class ({len(names) or 'any'}) "
-                                    "and x y w h, or a polygon, in 0 .. 1; correct it") from None
-            entries.append((path, size, objects))
-        yield split, images, entries
-
-
-def read_voc(src: Path):
-    """As `read_yolo`."""
-    for split in ("train", "val"):
-        entries, listing = [], src / "ImageSets" / "Main" / f"{split}.txt"
-        for stem in re.findall(r"^\s*(\S+)", listing.read_text(), re.M):
-            path, objects = src / "Annotations" / f"{stem}.xml", []
-            try:
-                root = ElementTree.parse(path)
-                for item in root.iter("object"):
-                    x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{key}"))
-                                      for key in ("xmin", "ymin", "xmax", "ymax"))
-                    objects.append(((0, item.findtext("name").strip()),
-                                    (x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1),
-                                    int(item.findtext("difficult") or 0)))
-                image = src / "JPEGImages" / root.findtext("filename").strip()
-            except (ValueError, TypeError, AttributeError, SyntaxError) as error:
-                raise UserError(f"{path}: is no VOC annotation ({error}); correct it") from None
-            entries.append((image, image_size(image), objects))
-        yield split, src / "JPEGImages", entries
+def voc_objects(path: Path):
+    """As `yolo_objects`."""
+    objects = []
+    try:
+        for item in ElementTree.parse(path).iter("object"):
+            x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{key}"))
+                              for key in ("xmin", "ymin", "xmax", "ymax"))
+            objects.append(((0, item.findtext("name").strip()), (x0 - 1, y0 - 1, x1, y1),
+                            int(item.findtext("difficult") or 0)))
+    except (ValueError, TypeError, AttributeError, SyntaxError) as error:
+        raise UserError(f"{path}: is no VOC annotation ({error}); correct it") from None
+    return objects
 
 
 def write_split(out: Path, split: str, images: Path, entries, classes: list[tuple]):
@@ -124,13 +114,13 @@ def write_split(out: Path, split: str, images: Path, entries, classes: list[tupl
     for n, (image, (width, height), objects) in enumerate(entries, start=1):
         name = (below / image.relative_to(images)).as_posix()
         rows.append(dict(id=n, file_name=name, width=width, height=height))
-        for its_class, box, crowd in objects:
-            x, y, w, h = (round(v, 3) for v in box)
+        for its_class, (x0, y0, x1, y1), crowd in objects:
+            x, y, w, h = (round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0))
             annotations.append(dict(
                 id=len(annotations) + 1, image_id=n, category_id=classes.index(its_class) + 1,
                 bbox=[x, y, w, h], area=round(w * h, 3), iscrowd=crowd))
-    categories = [{"id": i, "name": name} for i, (_, name) in enumerate(classes, start=1)]
-    content = {"images": rows, "annotations": annotations, "categories": categories}
+    categories = [dict(id=i, name=name) for i, (_, name) in enumerate(classes, start=1)]
+    content = dict(images=rows, annotations=annotations, categories=categories)
     atomic_write(path, lambda file: file.write(json.dumps(content).encode()))
     print(f"{path}: {len(rows):,d} images, {len(annotations):,d} boxes of {len(classes)} "
           f"categories; images in {folder}")
@@ -142,10 +132,18 @@ def main(argv=None):
     parser.add_argument("src", type=Path, help="YOLO or VOC folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: SRC)")
     args = parser.parse_args(argv)
-    src, out, names = args.src, args.out or args.src, yolo_names(args.src)
-    splits = list(read_voc(src) if (src / "Annotations").is_dir() else read_yolo(src, names))
-    classes = {its_class for *_, entries in splits for *_, objects in entries
-               for its_class, *_ in objects} | names.items()
+    out, names = args.out or args.src, yolo_names(args.src)
+    splits, classes = [], set(names.items())
+    for split, images, files in find_files(args.src):
+        entries = []
+        for image_file, path in files:
+            with Image.open(image_file) as image:
+                ImageOps.exif_transpose(image, in_place=True)  # as it is shown
+            voc = path.suffix == ".xml"
+            objects = voc_objects(path) if voc else yolo_objects(path, names, *image.size)
+            entries.append((image_file, image.size, objects))
+            classes |= {its_class for its_class, _, _ in objects}
+        splits.append((split, images, entries))
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     for split, images, entries in splits:
         write_split(out, split, images, entries, sorted(classes))
