@@ -433,7 +433,7 @@ def two_lines_of_the_model_exchanged(checkpoint):
 
 
 @pytest.mark.parametrize("change, words", [
-    (two_lines_of_the_model_exchanged, "its optimizer state does not match this model; .*--init-from"),
+    (two_lines_of_the_model_exchanged, "optimizer state does not match this model; .*--init-from"),
     (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1)),
      "its optimizer state does not match this model; .*--init-from"),
     (lambda c: c.pop("optimizer"), "its optimizer state does not match this model"),
