@@ -462,10 +462,11 @@ def draw_grid(path, dataset: CocoDataset, results: list[dict], threshold=0.3, co
         boxes = torch.tensor([row["bbox"] for row in rows]).view(-1, 4)
         labels = [a.category_ids.index(row["category_id"]) for row in rows]
         texts = [f"{a.category_names[k]} {row['score']:.2f}" for k, row in zip(labels, rows)]
-        image = draw(dataset.image(i), box_convert(boxes, "xywh", "xyxy"), labels, texts, side,
-                     truth=dataset.targets(i)[0])
-        _, h, w = image.shape
-        tiles.append(transforms.pad(image, [0, 0, side - w, side - h], fill=255))
+        tiles.append(draw(dataset.image(i), box_convert(boxes, "xywh", "xyxy"), labels, texts, side,
+                          truth=dataset.targets(i)[0]))
+    height, width = (max(tile.shape[d] for tile in tiles) for d in (1, 2))
+    tiles = [transforms.pad(tile, [0, 0, width - tile.shape[2], height - tile.shape[1]], fill=255)
+             for tile in tiles]
     grid = make_grid(tiles, nrow=4, padding=6, pad_value=255)
     transforms.to_pil_image(grid).save(path)
 

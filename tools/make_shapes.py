@@ -2,8 +2,8 @@
 
     python tools/make_shapes.py runs/shapes
 
-Rectangles, ellipses and triangles on textured backgrounds: 1,500 images to learn from, 200 to
-evaluate on. A pure function of its options: the same files every time.
+Rectangles, ellipses and triangles with soft shadows: 1,500 images to learn from, 200 to evaluate
+on. A pure function of its options: the same files every time.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -60,50 +60,62 @@ def _write_split(root, split, count, seed, size):
 
 
 def _draw_shapes(random, size):
-    """1 to 8 shapes on a textured background; later ones may cover a part of earlier ones."""
+    """1 to 8 shapes over a soft background; later ones may cover a part of earlier ones."""
     height, width = (int(random.integers(size * 3 // 4, size, endpoint=True)) for _ in range(2))
-
-    def texture(grain):
-        """Smooth noise of `grain` pixels around a colour of its own."""
-        cells = (max(2, height // grain), max(2, width // grain), 3)
-        noise = random.integers(60, 196, 3) + random.integers(-40, 41, cells)
-        small = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
-        return small.resize((width, height), Image.Resampling.BICUBIC)
-
-    picture = Image.blend(texture(int(random.integers(16, 64))),
-                          texture(int(random.integers(1, 6))), 0.4)
-    objects, places = [], np.zeros((0, 2, 2))  # start and end, of x and y
+    corners = random.integers(40, 216, 3) + random.integers(-40, 41, (2, 2, 3))
+    picture = _colours(corners, width, height)  # a gradient between four colours
+    objects, places = [], np.zeros((0, 2, 2))   # start and end, of x and y
     for _ in range(int(random.integers(1, 8, endpoint=True))):
         for _ in range(20):  # find a place that leaves the shapes below recognisable
-            side = np.exp(random.uniform(np.log(18), np.log(0.75 * size)))
-            w, h = side * np.exp(random.uniform(-0.5, 0.5, 2) * [1, -1])
-            w, h = round(min(w, width - 2)), round(min(h, height - 2))
-            x, y = int(random.integers(0, width - w)), int(random.integers(0, height - h))
-            place = np.array([(x, y), (x + w, y + h)])
+            side = np.exp(random.uniform(np.log(18), np.log(0.8 * size)))
+            label = int(random.integers(len(SHAPES)))
+            outline = _outline(SHAPES[label], random) * side                         # (P, 2)
+            outline -= outline.min(axis=0)
+            room = (width, height) - outline.max(axis=0)
+            if (room < 0).any():
+                continue
+            outline += random.uniform(0, room)
+            place = np.array([outline.min(axis=0), outline.max(axis=0)])
             overlap = np.minimum(places[:, 1], place[1]) - np.maximum(places[:, 0], place[0])
-            smaller = np.minimum((places[:, 1] - places[:, 0]).prod(axis=1), w * h)
+            smaller = np.minimum((places[:, 1] - places[:, 0]).prod(axis=1),
+                                 (place[1] - place[0]).prod())
             if (overlap.clip(0).prod(axis=1) <= 0.3 * smaller).all():
                 break
         else:
             break
-        label = int(random.integers(len(SHAPES)))
-        mask = Image.new("L", (4 * w, 4 * h))  # drawn larger and reduced: smooth edges
-        pen, right, bottom = ImageDraw.Draw(mask), 4 * w - 1, 4 * h - 1
-        if SHAPES[label] == "rectangle":
-            pen.rectangle((0, 0, right, bottom), fill=255)
-        elif SHAPES[label] == "ellipse":
-            pen.ellipse((0, 0, right, bottom), fill=255)
-        else:
-            tip, base = (0, bottom) if random.random() < 0.5 else (bottom, 0)
-            pen.polygon([(random.uniform(0.2, 0.8) * right, tip), (0, base), (right, base)], 255)
-        colour = colorsys.hsv_to_rgb(random.random(), random.uniform(0.6, 1),
-                                     random.choice([0.35, 0.95]))
-        grain = random.integers(-25, 26, (h, w, 1)) + 255 * np.array(colour)
-        picture.paste(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), (x, y),
-                      mask.resize((w, h), Image.Resampling.LANCZOS))
-        objects.append((label, x, y, w, h))
+        mask = Image.new("L", (4 * width, 4 * height))  # drawn larger and reduced: smooth edges
+        ImageDraw.Draw(mask).polygon([tuple(4 * point) for point in outline], 255)
+        mask = mask.resize(picture.size, Image.Resampling.BOX)
+        shadow = Image.new("L", picture.size)
+        shadow.paste(mask.point(lambda v: v // 2), (2, 3))
+        picture.paste((0, 0, 0), mask=shadow.filter(ImageFilter.GaussianBlur(2.5)))
+        colour = 255 * np.array(colorsys.hsv_to_rgb(
+            random.random(), random.uniform(0.3, 0.9), random.uniform(0.3, 0.95)))
+        light = random.uniform(0.75, 1.25, (2, 2, 1))
+        picture.paste(_colours(colour * light, width, height), mask=mask)
+        objects.append((label, *place[0].tolist(), *(place[1] - place[0]).tolist()))
         places = np.concatenate([places, place[None]])
-    return picture, objects
+    grain = random.normal(0, 4, (height, width, 1))
+    return Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8)), objects
+
+
+def _outline(shape, random):
+    """The corners (P, 2) of a shape of about 1 x 1, stretched, upright or upside down."""
+    if shape == "ellipse":
+        angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        corners = np.stack([np.cos(angle), np.sin(angle)], axis=1) / 2               # (48, 2)
+    elif shape == "rectangle":
+        corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    else:
+        corners = np.array([(random.uniform(-0.3, 0.3), -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    stretch = np.exp(random.uniform(-0.5, 0.5))
+    return corners * (stretch, 1 / stretch) * random.choice([-1, 1])
+
+
+def _colours(corners, width, height):
+    """A picture that fades between the colours (2, 2, 3) of its corners."""
+    small = Image.fromarray(corners.clip(0, 255).astype(np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def main(argv=None):
