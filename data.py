@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import (
+    _error_if_any_worker_fails as raise_if_a_worker_died)
 from torchvision.transforms.v2 import functional as transforms
 
 PADDED_TO = 32        # pixels; both sides of a batch are multiples of C5's stride
@@ -454,11 +457,17 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
                              **workers))
     while True:
         try:
+            if num_workers:  # torch's handler would raise in the middle of a step
+                signal.signal(signal.SIGCHLD, lambda *_: raise_if_a_worker_died())
+                raise_if_a_worker_died()
             batch = next(loader, None)
         except RuntimeError as error:  # of the loader: an error of the dataset comes as a batch
             raise UserError(
                 f"loading stopped ({str(error).splitlines()[0]}): a worker process was killed or "
                 "hangs; check free memory and /dev/shm, or use --num-workers 0") from None
+        finally:
+            if num_workers:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if batch is None:
             return
         if isinstance(batch, Exception):

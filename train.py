@@ -306,6 +306,7 @@ class Progress:
         self.lag = 2 if run.device.type == "cuda" else 0  # reading losses late avoids a sync
         self.stop_at = math.inf
         self.start = self.saved_at = self.line_at = time.monotonic()
+        self.saved_step = self.step if checkpoint else -1
         self.line_step = self.step  # of the last line
         self.waited = 0.0           # seconds, for data, since the last line
         # Drop what a killed run wrote after its checkpoint.
@@ -393,8 +394,7 @@ def train(config: TrainConfig, folder: Path, device: torch.device, checkpoint: d
     run = prepare(config, folder, device, checkpoint, init_file, skip_eval)
     lock(folder, fresh=not checkpoint)
     progress, stop_signals = Progress(run, checkpoint), catch_signals()
-    if not checkpoint:
-        save(run, progress)  # from here on the folder is this run's
+    save(run, progress)  # from here on the folder is this run's
     try:
         loop(run, progress, stop_signals)
     except NotFinite:
@@ -493,10 +493,10 @@ def loop(run: Run, progress: Progress, stop_signals: list):
 
 
 def save(run: Run, progress: Progress):
-    """Save a checkpoint of the steps completed, on rank 0."""
+    """Save a checkpoint of the steps completed, on rank 0, unless there is one already."""
     progress.read(lag=0)
     progress.saved_at = time.monotonic()
-    if rank_and_world()[0] > 0:
+    if rank_and_world()[0] > 0 or progress.saved_step == progress.step:
         return
     if not all(p.isfinite().all() for p in run.model.parameters()):
         raise NotFinite(run, progress.step - 1, {})
@@ -505,6 +505,7 @@ def save(run: Run, progress: Progress):
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "config": asdict(run.config), "categories": run.categories,
         "data_hash": data_hash(run.dataset)})
+    progress.saved_step = progress.step
 
 
 def evaluate_step(run: Run, progress: Progress):

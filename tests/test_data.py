@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -369,6 +371,20 @@ def test_a_killed_worker_is_a_sentence(tmp_path):
     requests = [[Request(0, False, (48, 64), (64, 64))]]
     with pytest.raises(UserError, match="loading stopped .*worker.*--num-workers 0"):
         next(data.batches(dataset, requests, num_workers=1, pin_memory=False))
+
+
+def test_a_killed_worker_is_told_where_its_batch_is_due_and_not_in_the_middle_of_a_step(tmp_path):
+    requests = [[Request(0, False, (48, 64), (64, 64))]] * 100
+    batches = data.batches(open_good(tmp_path), requests, num_workers=1, pin_memory=False)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        torch.ones(9).sum()  # the step; the signal arrives in it
+    with pytest.raises(UserError, match="loading stopped .*worker.*--num-workers 0"):
+        for _ in range(99):
+            next(batches)
 
 
 class Fails(CocoDataset):
