@@ -425,19 +425,30 @@ def load_image(path, apply_exif=False) -> Tensor:
         raise UserError(f"{path}: no such image file")
     try:
         with Image.open(path) as image:
-            if apply_exif:
-                image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F"):
-                raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no set range")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode == "P":  # a palette with transparency
-                image = image.convert("RGBA")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            return as_rgb(upright(image) if apply_exif else image)
     except Exception as error:  # whatever a damaged file makes a decoder raise
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be decoded as an image ({reason}); replace the file") \
             from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF note says; as it is where the note cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever a damaged note makes Pillow raise
+        return image
+
+
+def as_rgb(image: Image.Image) -> Tensor:
+    """A Pillow image as (3, H, W) uint8 RGB."""
+    if image.mode in ("I", "F"):
+        raise UserError(f"pixels of 32 bits (mode {image.mode}) have no set range")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P":  # a palette with transparency
+        image = image.convert("RGBA")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def own_process_group(worker):
@@ -492,7 +503,8 @@ def open_split(root, kind: str, split: str = "") -> CocoDataset:
     """A split of a COCO-format folder, see `find_split`; every image file must exist."""
     json_file, folder = find_split(root, kind, split)
     dataset = CocoDataset(read_annotations(json_file), folder)
-    listed = set(os.listdir(folder))  # one look at the folder instead of one at each file
+    with os.scandir(folder) as entries:  # one look at the folder instead of one at each file
+        listed = {entry.name for entry in entries if entry.is_file()}
     for i, name in enumerate(dataset.annotations.file_names.tolist()):
         if name not in listed and not os.path.isfile(dataset.image_path(i)):
             raise UserError(f"{dataset.image_path(i)}: no such image file; complete the folder, or "

@@ -252,7 +252,7 @@ def as_tensor(image) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
         return data.load_image(image, apply_exif=True)
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        image = data.as_rgb(image)
     if isinstance(image, np.ndarray) and image.ndim == 3:
         image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or \
@@ -480,7 +480,7 @@ def predict(detector: Detector, paths: list[Path], out: Path, threshold=0.3, tta
     """
     found, originals = [], {path.resolve() for path in paths}
     for n, path in enumerate(paths, start=1):
-        picture = out / f"{n:03d}-{path.stem}.png"
+        picture = out / f"{n:03d}-{path.stem[:60]}.png"
         if picture.resolve() in originals:
             raise UserError(f"{path}: would be overwritten; name another folder with --out")
         try:

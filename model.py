@@ -450,7 +450,7 @@ CHECKPOINT_FORMAT = 3
 def atomic_write(path, write):
     """Call `write(file)` on a temporary file, sync it to disk, then rename it to `path`."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    temporary = Path(f"{path}.part")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -305,6 +305,8 @@ class Progress:
         self.unread = deque()  # (step, losses and stop flag, event): may still be on the device
         self.lag = 2 if run.device.type == "cuda" else 0  # reading losses late avoids a sync
         self.stop_at = math.inf
+        self.whole = True  # False while the optimizer changes the weights, until the step counts
+        run.optimizer.register_step_pre_hook(lambda *_: setattr(self, "whole", False))
         self.start = self.saved_at = self.line_at = time.monotonic()
         self.saved_step = self.step if checkpoint else -1
         self.line_step = self.step  # of the last line
@@ -328,7 +330,7 @@ class Progress:
             values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
         self.unread.append((self.step, values, event))
-        self.step += 1
+        self.step, self.whole = self.step + 1, True
         self.read(self.lag)
 
     def read(self, lag: int):
@@ -399,8 +401,9 @@ def train(config: TrainConfig, folder: Path, device: torch.device, checkpoint: d
         loop(run, progress, stop_signals)
     except NotFinite:
         raise
-    except Exception:  # in loading or in evaluation: keep the steps before it
-        save(run, progress)
+    except Exception:  # such as in loading or in evaluation: keep the steps before it
+        if progress.whole:
+            save(run, progress)
         raise
 
 
@@ -431,7 +434,7 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
 
     torch.manual_seed(config.seed)
     model = FCOS(config.model, config.backbone_weights if not checkpoint else "none")
-    if init_file and not checkpoint:
+    if init_file is not None and not checkpoint:
         init_from(model, init_file, categories["names"])
     # On a CPU, the backward pass of float32 convolutions is slower in channels_last.
     slow = device.type == "cpu" and dtype_of(config.precision, device) == torch.float32
@@ -499,6 +502,9 @@ def save(run: Run, progress: Progress):
     if rank_and_world()[0] > 0 or progress.saved_step == progress.step:
         return
     if not all(p.isfinite().all() for p in run.model.parameters()):
+        if progress.step == 0:
+            raise UserError("the initial weights are not finite; take others for --init-from or "
+                            "--backbone-weights")
         raise NotFinite(run, progress.step - 1, {})
     save_checkpoint(run.folder, {
         "format": CHECKPOINT_FORMAT, "step": progress.step, "losses": progress.losses,
@@ -676,7 +682,7 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
     config = args.config
     if not config.data:
         raise UserError("no data; name a COCO-format folder with DATA=... (--data)")
-    if args.init_from:  # its weights mean nothing in another architecture
+    if args.init_from is not None:  # its weights mean nothing in another architecture
         theirs = load_checkpoint(args.init_from)["config"]["model"]
         adopted = {name: theirs[name] for name in ARCHITECTURE if name not in args.changed}
         config = replace(config, backbone_weights="none", model=replace(config.model, **adopted))

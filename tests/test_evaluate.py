@@ -252,6 +252,13 @@ def test_a_detector_takes_an_image_in_any_form(detector, tmp_path):
         assert box == d.boxes[i].tolist() and score == d.scores[i] and name == SHAPES[d.labels[i]]
 
 
+def test_an_opened_image_of_16_bits_is_read_like_its_file(detector, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2**16, (40, 50), dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    opened, read = detector([Image.open(tmp_path / "deep.png"), tmp_path / "deep.png"])
+    assert torch.equal(opened.scores, read.scores) and torch.equal(opened.boxes, read.boxes)
+
+
 @pytest.mark.parametrize("image", [
     np.zeros((9, 9, 3)), torch.zeros(9, 9, 3, dtype=torch.uint8), np.zeros((9, 9), np.uint8),
     np.zeros((0, 9, 3), np.uint8)],
@@ -314,6 +321,7 @@ def test_prediction_writes_pictures_and_all_boxes_and_says_the_best_score(
 
 def test_prediction_reports_unreadable_files_and_does_the_others(checkpoint, tmp_path, capsys):
     for name, mode, size in (("pixel.png", "RGB", (1, 1)), ("wide.jpg", "RGB", (2000, 9)),
+                             (f"{250 * 'n'}.png", "RGB", (8, 8)),
                              ("deep.png", "I;16", (40, 30))):
         Image.new(mode, size).save(tmp_path / name)
     Image.new("RGB", (40, 30)).save(os.fsencode(tmp_path) + b"/caf\xe9.png")  # not UTF-8
@@ -329,7 +337,7 @@ def test_prediction_reports_unreadable_files_and_does_the_others(checkpoint, tmp
         assert f"error: {tmp_path / name}: " in told
     rows = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {Path(row["file"]).stem: (row["width"], row["height"]) for row in rows} == {
-        "pixel": (1, 1), "wide": (2000, 9), "deep": (40, 30), "turned": (30, 40),
+        "pixel": (1, 1), 250 * "n": (8, 8), "wide": (2000, 9), "deep": (40, 30), "turned": (30, 40),
         "caf\\xe9": (40, 30)}
 
 

@@ -162,11 +162,13 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("owner, function, calls, error, saved", [
+    (train.Progress, "push", 5, RuntimeError, 4),  # the weights are those of step 6 already
     (train, "save_checkpoint", 2, Killed, 3),  # its line is written; step 3 waited for its own
     (evaluate, "evaluate", 0, Killed, 4),
     (evaluate, "evaluate", 2, Killed, 12),
     (data.CocoDataset, "load", 6, UserError, 5)],  # saves what was trained, unlike a kill
-    ids=["before a save", "before an evaluation", "before the last evaluation", "in loading"])
+    ids=["after an update", "before a save", "before an evaluation", "before the last evaluation",
+         "in loading"])
 def test_what_was_due_when_it_ended_is_made_up_for(
         dataset, uninterrupted, tmp_path, monkeypatch, owner, function, calls, error, saved):
     original, left = getattr(owner, function), iter(range(calls))
@@ -236,6 +238,15 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
         main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--steps", 1, "--lr", "1e40",
              "--grad-clip", 0)  # the update overflows
     assert load_checkpoint(tmp_path)["step"] == 0 and not (tmp_path / "best.pt").exists()
+
+
+def test_initial_weights_that_are_not_finite_are_told(dataset, uninterrupted, finished, tmp_path):
+    broken = copy.deepcopy(finished)
+    broken["model"]["scales"][0] = float("nan")
+    torch.save(broken, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match="the initial weights are not finite; .*--init-from"):
+        main("demo", "--init-from", tmp_path / "nan.pt", "--data", dataset, "--run-dir",
+             tmp_path / "run", "--skip-eval")
 
 
 def test_checkpoints_under_other_names_are_the_users(tmp_path):
@@ -539,7 +550,8 @@ def test_a_value_that_cannot_be_meant_is_refused_in_a_sentence(option):
     (["fcos_R_50_FPN_1x_center_gio"], "invalid choice: 'fcos_R_50_FPN_1x_center_gio'"),
     (["demo", "--data", "nowhere"], "nowhere: no annotations/instances_<split>.json"),
     (["--resume"], "run: no such run; name one with RUN="),
-    (["demo", "--init-from", "nothing.pt", "--data", "."], "nothing.pt: no such file")])
+    (["demo", "--init-from", "nothing.pt", "--data", "."], "nothing.pt: no such file"),
+    (["demo", "--init-from", "", "--data", "."], ": no checkpoint-*.pt here")])
 def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path, capsys):
     with pytest.raises((UserError, SystemExit)) as raised:
         main(*options, "--run-dir", tmp_path / "run")
