@@ -18,6 +18,7 @@ from conftest import change, good_content, repeated, write_split
 from data import UserError, read_annotations
 
 NAN = float("nan")
+GARBAGE = b"Exif\0\0garbage"
 
 
 @pytest.fixture
@@ -131,6 +132,16 @@ def test_fix_leaves_out_images_that_are_missing_or_cannot_be_decoded(root, check
     assert sorted(read_annotations(root / "fixed.json").image_ids) == [20, 40]
 
 
+def test_fix_leaves_out_boxes_of_which_the_reader_would_refuse_a_majority(root, check):
+    outside, tiny = boxes(4, 500, 500, 9, 9)(good_content()), boxes(4, .1, .2, .3, .4)
+    content = tiny(good_content())
+    content["annotations"] += outside["annotations"][:4]
+    content["annotations"][3]["bbox"] = [-9, -9, 9.5, 9.5]  # cut to .5 x .5
+    write_split(root, content)
+    check(root, "--split", "train", "--fix", str(root / "fixed.json"))
+    assert len(read_annotations(root / "fixed.json").boxes) == 1
+
+
 @pytest.mark.parametrize("options, says", [
     (["--fix", "x.json"], "name it with --split"),
     (["--split", "train", "--fix", __file__], "exists and is not overwritten")])
@@ -159,6 +170,15 @@ def test_images_that_come_out_rotated_or_dark_are_noted(root, check):
     code, text = check(root, "--images")
     assert code == 0 and re.search("EXIF note that rotates .*: 1\n.*/10.png\n", text), text
     assert re.search(r"values fit in 12: 1\n.*/40.png\n", text)
+
+
+def test_an_exif_note_that_cannot_be_read_is_no_error(root, check, tmp_path):
+    Image.open(root / "train" / "10.png").save(root / "train" / "10.png", exif=GARBAGE)
+    assert check(root, "--images", "--strict")[0] == 0
+    image(tmp_path / "yolo" / "images" / "a.png", exif=GARBAGE)
+    text(tmp_path / "yolo" / "labels" / "a.txt", "0 .5 .5 .2 .2")
+    to_coco.main([str(tmp_path / "yolo")])
+    assert data.open_split(tmp_path / "yolo", "train").annotations.sizes.tolist() == [[50, 100]]
 
 
 def test_locations_are_counted_by_the_rule_of_training_at_the_sizes_of_the_preset(root, check):
