@@ -18,6 +18,7 @@ from conftest import change, good_content, repeated, write_split
 from data import UserError, read_annotations
 
 NAN = float("nan")
+GARBAGE = b"Exif\0\0garbage"
 
 
 @pytest.fixture
@@ -131,6 +132,16 @@ def test_fix_leaves_out_images_that_are_missing_or_cannot_be_decoded(root, check
     assert sorted(read_annotations(root / "fixed.json").image_ids) == [20, 40]
 
 
+def test_fix_leaves_out_boxes_of_which_the_reader_would_refuse_a_majority(root, check):
+    outside, tiny = boxes(4, 500, 500, 9, 9)(good_content()), boxes(4, .1, .2, .3, .4)
+    content = tiny(good_content())
+    content["annotations"] += outside["annotations"][:4]
+    content["annotations"][3]["bbox"] = [-9, -9, 9.5, 9.5]  # cut to .5 x .5
+    write_split(root, content)
+    check(root, "--split", "train", "--fix", str(root / "fixed.json"))
+    assert len(read_annotations(root / "fixed.json").boxes) == 1
+
+
 @pytest.mark.parametrize("options, says", [
     (["--fix", "x.json"], "name it with --split"),
     (["--split", "train", "--fix", __file__], "exists and is not overwritten")])
@@ -161,6 +172,15 @@ def test_images_that_come_out_rotated_or_dark_are_noted(root, check):
     assert re.search(r"values fit in 12: 1\n.*/40.png\n", text)
 
 
+def test_an_exif_note_that_cannot_be_read_is_no_error(root, check, tmp_path):
+    Image.open(root / "train" / "10.png").save(root / "train" / "10.png", exif=GARBAGE)
+    assert check(root, "--images", "--strict")[0] == 0
+    image(tmp_path / "yolo" / "images" / "a.png", exif=GARBAGE)
+    text(tmp_path / "yolo" / "labels" / "a.txt", "0 .5 .5 .2 .2")
+    to_coco.main([str(tmp_path / "yolo")])
+    assert data.open_split(tmp_path / "yolo", "train").annotations.sizes.tolist() == [[50, 100]]
+
+
 def test_locations_are_counted_by_the_rule_of_training_at_the_sizes_of_the_preset(root, check):
     write_split(root, bbox(5, 5, 1.5, 12)(good_content()))
     dataset = data.open_split(root, "train")
@@ -182,15 +202,15 @@ def converted(src, out=None):
     return [data.open_split(out or src, kind) for kind in ("train", "val")]
 
 
-def image(path, width=100, height=50):
+def image(path, width=100, height=50, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), "red").save(path)
+    Image.new("RGB", (width, height), "red").save(path, **options)
     return path
 
 
 def text(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+    path.write_bytes(content if type(content) is bytes else content.encode())
 
 
 @pytest.mark.parametrize("layout, beside, names", [
@@ -215,6 +235,73 @@ def test_yolo_folders_become_coco(tmp_path, layout, beside, names):
         converted(tmp_path / "yolo", out)
 
 
+YAML = {  # what is written: the names, or the line that is refused
+    "names: [a b, 'C #', \"d's\",\n  e,]  # f\n\n# g\nnc: 4": ["a b", "C #", "d's", "e"],
+    "nc: 2\nnames:  # all\n# none\n\n- 'C #'\n- b c # d\n# e": ["C #", "b c"],
+    "\ufeffnames:\n    0: \"a, b\"\n    1: it's\n": ["a, b", "it's"],
+    "names:\n- a, b\n- c": "- a, b",
+    "names:\n- car [big]": "- car [big]",
+    "names: ['dog''s', c]": "names: ['dog''s', c]",
+    'names: {"0": "a", "1": "b"}': 'names: {"0": "a", "1": "b"}',
+    "names:\n  0: a, b": "  0: a, b",
+    "names:\n- a\n  - b": "  - b",
+    "names:\n- a\n  b": "  b",
+    "names:\n  0: a\n  0: b": "  0: b",
+    'names: ["a\\n", b]': "names: [",
+    "names: [a,\n\n  b\n  c]": "names: [a,",
+    "names: []": "names: []",
+    "names:\n": "names:",
+    "{names: [a, b]}": "{names: [a, b]}",
+    "names:\n- a\nb": "b",
+    "names: [a]\nnc: 2": "nc: 2",
+    "names: [a]\nnames: [b]": "names: [b]",
+    "names: [" + 99 * "a , " + "!]": "names: [a , ",
+}
+
+
+@pytest.mark.parametrize("content, expected", YAML.items(), ids=range(len(YAML)))
+def test_names_in_yaml_are_understood_completely_or_refused(tmp_path, content, expected):
+    text(tmp_path / "data.yaml", content)
+    if type(expected) is list:
+        assert list(to_coco.yolo_names(tmp_path).items()) == list(enumerate(expected))
+        return
+    line = re.escape(repr(expected)[1:-1])
+    with pytest.raises(UserError, match=f"data.yaml: .*{line}.*classes.txt, one a line"):
+        to_coco.yolo_names(tmp_path)
+    text(tmp_path / "classes.txt", "a, b\nc\n\n")
+    assert to_coco.yolo_names(tmp_path) == {0: "a, b", 1: "c"}
+
+
+@pytest.mark.parametrize("file", ["classes.txt", "data.yaml", "labels/a.txt"])
+def test_text_is_utf_8_with_or_without_a_mark_or_its_file_is_named(tmp_path, file):
+    files = {"classes.txt": "ä\n", "data.yaml": "names: [ä]", "labels/a.txt": "0 .5 .5 .2 .2"}
+    for n, mark in enumerate((b"\xef\xbb\xbf", b"\xff\xfe")):
+        root = tmp_path / str(n)
+        image(root / "images" / "a.png")
+        text(root / "labels" / "a.txt", files["labels/a.txt"])
+        text(root / file, mark + files[file].encode())
+        if n:
+            with pytest.raises(UserError, match=f"{file}: is not UTF-8"):
+                to_coco.main([str(root)])
+        else:
+            to_coco.main([str(root)])
+            names = data.open_split(root, "train").annotations.category_names
+            assert names == ["0" if file == "labels/a.txt" else "ä"]
+
+
+@pytest.mark.parametrize("names, label, says", [
+    ("a\n\nb", "0 .5 .5 .2 .2", "has name ''"), ("a\x01\nb", "", r"has name 'a\\x01'"),
+    (None, "", "list of categories is empty")])
+def test_what_the_reader_would_refuse_is_not_written(tmp_path, names, label, says):
+    if names:
+        text(tmp_path / "classes.txt", names)
+    image(tmp_path / "images" / "a.png")
+    text(tmp_path / "labels" / "a.txt", label)
+    with pytest.raises(UserError, match=f"{says}.*; correct .*images"):
+        to_coco.main([str(tmp_path)])
+    assert not list(tmp_path.rglob("*.json"))
+
+
 OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>11</xmin><ymin>1</ymin>"
           "<xmax>20</xmax><ymax>50</ymax></bndbox></object>")
 
@@ -229,6 +316,35 @@ def test_voc_pixels_count_from_one_and_difficult_objects_are_crowds(tmp_path):
         a = dataset.annotations
         assert a.boxes.tolist() == 2 * [[10, 0, 20, 50]] and a.crowd.tolist() == [True, False]
         assert a.category_names == ["cat", "dog"] and a.labels.tolist() == [1, 0]
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Two images with a blank in their names, listed with and without a flag."""
+    for split, stem, line in (("train", "a b", "a b\n"), ("val", "c 1", "\ufeffc 1  -1\r\n\r\n")):
+        text(tmp_path / "ImageSets" / "Main" / f"{split}.txt", line)
+        image(tmp_path / "JPEGImages" / f"{stem}.jpg")
+        text(tmp_path / "Annotations" / f"{stem}.xml", f"<a>{OBJECT.format('dog', 0)}</a>")
+    text(tmp_path / "classes.txt", "cat\ndog\n")  # of another program
+    return tmp_path
+
+
+def test_voc_names_of_files_may_have_blanks_and_a_flag_behind_them(voc):
+    files = [dataset.annotations.file_names.tolist() for dataset in converted(voc)]
+    assert files == [["a b.jpg"], ["c 1.jpg"]]
+    text(voc / "ImageSets" / "Main" / "train.txt", "c 1\na b 1\n")
+    train, _ = converted(voc, voc / "out")
+    assert train.annotations.file_names.tolist() == ["c 1.jpg", "a b.jpg"]
+    assert train.annotations.category_names == ["dog"]
+
+
+@pytest.mark.parametrize("content, says", [
+    (f"<a>{OBJECT.format('dog', 2)}</a>", "difficult is 2"),
+    ('<?xml version="1.0" encoding="none"?><a/>', "encoding")])
+def test_wrong_voc_annotations_are_a_sentence(voc, content, says):
+    text(voc / "Annotations" / "a b.xml", content)
+    with pytest.raises(UserError, match=f"a b.xml: is no VOC annotation .*{says}"):
+        converted(voc)
 
 
 @pytest.mark.parametrize("line", ["2 .5 .5 .1 .1", "0 .5 .5 .1", "0 50 20 10 10"])

@@ -218,7 +218,8 @@ def test_classes_are_coco_s_or_the_file_s_or_numbers(maskrcnn, tmp_path):
 
     file = tmp_path / "instances.json"  # rows are in the order of the file, ours in that of the ids
     file.write_text(json.dumps({"categories": [
-        {"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "eel"}]}))
+        {"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "eel"}]}),
+        encoding="utf-8-sig")
     assert categories(three, file) == (
         {"ids": [2, 5, 7], "names": ["dog", "eel", "cat"]}, [1, 2, 0])
     with pytest.raises(UserError, match="instances.json: its 3 categories do not fit the 80 class"):
@@ -251,3 +252,9 @@ def test_a_file_without_a_detector_is_refused(tmp_path):
         import_weights.main([str(tmp_path / "other.pth"), "--form", "fcos_plus",
                              "--out", str(tmp_path / "model.pt")])
     assert not (tmp_path / "model.pt").exists()
+
+
+@pytest.mark.parametrize("out", [".", "", "/"])
+def test_out_must_be_the_name_of_a_file(out):
+    with pytest.raises(UserError, match="is no name of a file; name one with --out"):
+        import_weights.main([__file__, "--form", "fcos_plus", "--out", out])

@@ -115,3 +115,10 @@ def test_pictures_of_an_evaluation_are_written_and_those_of_an_older_one_removed
     for panel in drawn:
         assert (min(panel.x_ticks), max(panel.y_ticks)) == (0, 1)
     assert all((y == 1).all() for _, y in drawn[0].curves.values())
+
+
+@pytest.mark.parametrize("name", ["picture", "x.xyz", ".", ""])
+def test_a_name_that_is_no_picture_s_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.UserError, match="must end in .png"):
+        plots.main(["losses", "--out", name])

@@ -134,7 +134,8 @@ def check_annotations(dataset: CocoDataset, entries: list[dict], training: bool,
     tiny = learnable & (np.abs(xywh) <= 1).all(axis=1)
     add("NOTE", np.flatnonzero(tiny), "boxes whose bbox seems to be normalised", of_box,
         "learns no box of a pixel; evaluation counts it as not found",
-        "multiply x and width by the width of the image, y and height by its height")
+        "multiply x and width by the width of the image, y and height by its height, or leave them "
+        "out with --fix")
     beyond = learnable & (np.abs(a.boxes - data.clip(a)) > 1).any(axis=1)
     (height, width), (x0, y0, x1, y1) = a.sizes[a.image].T, xywh.T  # if bbox were xyxy
     would_fit = (x1 > x0) & (y1 > y0) & (x1 <= width + 1) & (y1 <= height + 1)
@@ -191,7 +192,11 @@ def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, d
         except UserError as error:
             return str(error), False, False, None
         with Image.open(path) as image:
-            rotates = image.size == size and image.getexif().get(EXIF_ORIENTATION) in range(2, 9)
+            try:
+                orientation = image.getexif().get(EXIF_ORIENTATION)
+            except Exception:  # whatever a damaged note makes Pillow raise
+                orientation = None
+            rotates = image.size == size and orientation in range(2, 9)
             dark = image.mode.startswith("I;16") and np.asarray(image).max() < 2**12
         return "", rotates, dark, hashlib.sha256(Path(path).read_bytes()).digest()
 
@@ -280,6 +285,8 @@ def write_fixed(a: data.Annotations, rows: dict, left_out, out):
         entry, (x0, y0, x1, y1) = content["annotations"][rows["annotations"][k]], boxes[k]
         if (np.abs(boxes[k] - a.boxes[k]) > 1e-3).any():
             entry["bbox"] = [round(float(x), 3) for x in (x0, y0, x1 - x0, y1 - y0)]
+        if max(map(abs, entry["bbox"])) <= 1:  # most of such, and the reader refuses the file
+            continue
         annotations.append(entry | {
             "id": len(annotations) + 1, "iscrowd": int(a.crowd[k]),
             "area": float(min(a.areas[k], (x1 - x0) * (y1 - y0)))})

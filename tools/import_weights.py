@@ -108,7 +108,7 @@ def fitting_config(state: dict[str, Tensor], form: str, source) -> ModelConfig:
 def read_categories(path) -> dict[int, str]:
     """Category id -> name, in the order of the file."""
     try:
-        categories = json.loads(Path(path).read_text(encoding="utf-8"))["categories"]
+        categories = json.loads(Path(path).read_text("utf-8-sig"))["categories"]
         return {int(c["id"]): str(c["name"]) for c in categories}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no COCO categories can be read from it ({error!r}); name a file "
@@ -151,6 +151,8 @@ def main(argv=None):
     parser.add_argument("--out", metavar="FILE", required=True, help="checkpoint to write")
     parser.add_argument("--categories", metavar="FILE", help="annotations that name the classes")
     args = parser.parse_args(argv)
+    if not Path(args.out).name:
+        raise UserError(f"{args.out!r}: is no name of a file; name one with --out")
     if args.file == "torchvision":
         weights = download(PUBLISHED, "run: python tools/import_weights.py "
                            f"{Path(PUBLISHED.url).name} --form torchvision --out {args.out}")

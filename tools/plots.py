@@ -42,6 +42,8 @@ THRESHOLD = 0.3  # final score from which a detection is judged
 
 
 def save(image: Image.Image, path: Path):
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: must end in .png; name such a file with --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     print(path)

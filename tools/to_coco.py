@@ -4,7 +4,7 @@
     python tools/to_coco.py SRC --out DIR         elsewhere
 
     YOLO   images/train/ + labels/train/*.txt, or train/images/ + train/labels/*.txt, or
-           images/ + labels/*.txt (one split, train); names in data.yaml or classes.txt
+           images/ + labels/*.txt (one split, train); names in classes.txt or data.yaml
     VOC    Annotations/*.xml, JPEGImages/, ImageSets/Main/{train,val}.txt
 
 Images are not copied: where the split's folder is not at hand, DIR/<split> becomes a link to it.
@@ -25,8 +25,28 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
-from data import UserError  # noqa: E402
+from data import UserError, read_annotations  # noqa: E402
 from model import atomic_write  # noqa: E402
+
+
+NAME = r"""(?:'[^'\n]+'|"[^"\\\n]+"|\w(?:[^,:#\[\]{}\n]*[^,:#\[\]{}\s])?)"""  # in YAML
+COMMENT = r"\s*(?:(?<!\S)#.*)?"
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error}); save it in that encoding") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF note says; as it is where the note cannot be read."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # whatever a damaged note makes Pillow raise
+        pass
+    return image
 
 
 def find_files(src: Path):
@@ -35,10 +55,12 @@ def find_files(src: Path):
         images = src / "JPEGImages"
         files = {path.stem: path for path in images.iterdir()}
         for split in ("train", "val"):
-            listing = (src / "ImageSets" / "Main" / f"{split}.txt").read_text()
+            lines = read_text(src / "ImageSets" / "Main" / f"{split}.txt").split("\n")
+            stems = [line if line in files else re.sub(r"\s+(-1|0|1)$", "", line)  # without a flag
+                     for line in map(str.strip, lines) if line]
             yield split, images, [
                 (files.get(stem, images / f"{stem}.jpg"), src / "Annotations" / f"{stem}.xml")
-                for stem in re.findall(r"^\s*(\S+)", listing, re.M)]
+                for stem in stems]
         return
     folders = [(x.name, x, src / "labels" / x.name) for x in sorted(src.glob("images/*/"))]
     folders += [(x.name, x / "images", x / "labels") for x in sorted(src.glob("*/"))]
@@ -50,22 +72,50 @@ def find_files(src: Path):
 
 
 def yolo_names(src: Path) -> dict[int, str]:
-    """Class names from data.yaml, of which only `names:` is understood, or classes.txt."""
-    for path in src.glob("*.y*ml"):
-        text = re.sub(r"(^|\s)#.*", "", path.read_text("utf-8-sig"))
-        block = re.search(r"^names:(.*?)(?=^[^\s\-\]}]|\Z)", text, re.M | re.S)
-        if block:  # [a, b]  {0: a, 1: b}  or a line for each: - a  0: a
-            items = re.findall(r"(?:(\d+)\s*:\s+|-\s+)?('[^'\n]*'|\"[^\"\n]*\"|"
-                               r"[^\s,\[\]{}'\"][^,\[\]{}\n]*)", block[1])
-            return {int(key or i): name.strip(" '\"") for i, (key, name) in enumerate(items)}
+    """Class names from classes.txt, or else from `names:` in data.yaml."""
     path = src / "classes.txt"
-    return dict(enumerate(path.read_text("utf-8-sig").splitlines())) if path.is_file() else {}
+    if path.is_file():
+        return dict(enumerate(map(str.strip, read_text(path).rstrip().split("\n"))))
+    return next(filter(None, map(yaml_names, sorted(src.glob("*.y*ml")))), {})
+
+
+def yaml_names(path: Path) -> dict[int, str]:
+    """`names:` as [a, b] or with a line for each, - a or 0: a; whatever else it is, is refused."""
+    def refuse(line):
+        raise UserError(f"{path}: names are not understood at {line!r:.80}; put them into "
+                        f"{path.parent / 'classes.txt'}, one a line")
+
+    text = read_text(path)
+    parts = re.findall(r"^[^\w\n#]*names[^\w\n]*:.*(?:\n(?![\w'\"].*:).*)*", text, re.M)
+    if not parts:
+        return {}
+    head, *lines = parts[-1].split("\n")
+    flow = re.match(rf"names:\s+\[\s*({NAME}(?:\s*,\s*{NAME})*)\s*(?:,\s*)?\]", parts[-1])
+    if flow:
+        rest = parts[-1][flow.end():].split("\n")
+        lines = [f" - {name}" for name in re.findall(NAME, flow[1])] + rest
+    if len(parts) > 1 or not flow and not re.fullmatch(f"names:{COMMENT}", head):
+        refuse(head)
+    names, forms = {}, set()
+    for line in lines:
+        if item := re.fullmatch(rf"( *)(?:-|(0|[1-9][0-9]*):) +({NAME}){COMMENT}", line):
+            number, name = int(item[2] or len(names)), item[3]
+            forms.add((item[1], not item[2]))
+            if len(forms) > 1 or number in names:
+                refuse(line)
+            names[number] = name[1:-1] if name[0] in "'\"" else name
+        elif not re.fullmatch(COMMENT, line):
+            refuse(line)
+    count = re.search(r"^nc:\s*(\d+)", text, re.M)
+    if not names or count and int(count[1]) != len(names):
+        refuse(count[0] if names else head)
+    return names
 
 
 def yolo_objects(path: Path, names: dict[int, str], width, height):
     """The class (number, name), xyxy box in pixels and crowd (0 or 1) of each object."""
     objects = []
-    for line in filter(str.strip, path.read_text().splitlines() if path.is_file() else []):
+    for line in filter(str.strip, read_text(path).splitlines() if path.is_file() else []):
         try:
             number, *values = line.split()
             values = [float(value) for value in values]
@@ -90,9 +140,11 @@ def voc_objects(path: Path):
         for item in ElementTree.parse(path).iter("object"):
             x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{key}"))
                               for key in ("xmin", "ymin", "xmax", "ymax"))
-            objects.append(((0, item.findtext("name").strip()), (x0 - 1, y0 - 1, x1, y1),
-                            int(item.findtext("difficult") or 0)))
-    except (ValueError, TypeError, AttributeError, SyntaxError) as error:
+            crowd = int(item.findtext("difficult") or 0)
+            if crowd not in (0, 1):
+                raise ValueError(f"difficult is {crowd}, not 0 or 1")
+            objects.append(((0, item.findtext("name").strip()), (x0 - 1, y0 - 1, x1, y1), crowd))
+    except (ValueError, TypeError, AttributeError, SyntaxError, LookupError) as error:
         raise UserError(f"{path}: is no VOC annotation ({error}); correct it") from None
     return objects
 
@@ -121,6 +173,11 @@ def write_split(out: Path, split: str, images: Path, entries, classes: list[tupl
                 bbox=[x, y, w, h], area=round(w * h, 3), iscrowd=crowd))
     categories = [dict(id=i, name=name) for i, (_, name) in enumerate(classes, start=1)]
     content = dict(images=rows, annotations=annotations, categories=categories)
+    try:
+        read_annotations(path, content)
+    except UserError as error:  # without its remedy
+        raise UserError(f"{str(error).rpartition('; ')[0]}, so it is not written; correct the "
+                        f"class names, labels and files of {images}") from None
     atomic_write(path, lambda file: file.write(json.dumps(content).encode()))
     print(f"{path}: {len(rows):,d} images, {len(annotations):,d} boxes of {len(classes)} "
           f"categories; images in {folder}")
@@ -132,16 +189,16 @@ def main(argv=None):
     parser.add_argument("src", type=Path, help="YOLO or VOC folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: SRC)")
     args = parser.parse_args(argv)
-    out, names = args.out or args.src, yolo_names(args.src)
+    out, is_voc = args.out or args.src, (args.src / "Annotations").is_dir()
+    names = {} if is_voc else yolo_names(args.src)
     splits, classes = [], set(names.items())
     for split, images, files in find_files(args.src):
         entries = []
         for image_file, path in files:
             with Image.open(image_file) as image:
-                ImageOps.exif_transpose(image, in_place=True)  # as it is shown
-            voc = path.suffix == ".xml"
-            objects = voc_objects(path) if voc else yolo_objects(path, names, *image.size)
-            entries.append((image_file, image.size, objects))
+                size = upright(image).size  # as it is shown
+            objects = voc_objects(path) if is_voc else yolo_objects(path, names, *size)
+            entries.append((image_file, size, objects))
             classes |= {its_class for its_class, _, _ in objects}
         splits.append((split, images, entries))
     (out / "annotations").mkdir(parents=True, exist_ok=True)
