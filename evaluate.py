@@ -38,7 +38,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import draw_bounding_boxes
 
 import data
 from assign import make_locations
@@ -454,21 +454,22 @@ def draw(image: Tensor, boxes, labels, texts, side, truth=()) -> Tensor:
 
 
 def draw_grid(path, dataset: CocoDataset, results: list[dict], threshold=0.3, count=12):
-    """Write a grid of evenly chosen images, their detections above `threshold`, truth in white."""
-    a, tiles, side = dataset.annotations, [], 320
+    """Write rows of evenly chosen images, their detections above `threshold`, truth in white."""
+    a, tiles, height = dataset.annotations, [], 240
     for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int):
         rows = [row for row in results
                 if row["image_id"] == a.image_ids[i] and row["score"] >= threshold]
         boxes = torch.tensor([row["bbox"] for row in rows]).view(-1, 4)
         labels = [a.category_ids.index(row["category_id"]) for row in rows]
         texts = [f"{a.category_names[k]} {row['score']:.2f}" for k, row in zip(labels, rows)]
-        tiles.append(draw(dataset.image(i), box_convert(boxes, "xywh", "xyxy"), labels, texts, side,
-                          truth=dataset.targets(i)[0]))
-    height, width = (max(tile.shape[d] for tile in tiles) for d in (1, 2))
-    tiles = [transforms.pad(tile, [0, 0, width - tile.shape[2], height - tile.shape[1]], fill=255)
-             for tile in tiles]
-    grid = make_grid(tiles, nrow=4, padding=6, pad_value=255)
-    transforms.to_pil_image(grid).save(path)
+        side = height * min(2, max(1, a.sizes[i, 1] / a.sizes[i, 0]))
+        tile = draw(dataset.image(i), box_convert(boxes, "xywh", "xyxy"), labels, texts, side,
+                    truth=dataset.targets(i)[0])
+        tiles.append(transforms.pad(tile, [0, 0, 6, height + 6 - tile.shape[1]], fill=255))
+    rows = [torch.cat(tiles[k:k + 4], dim=2) for k in range(0, len(tiles), 4)]
+    width = max(row.shape[2] for row in rows)
+    rows = [transforms.pad(row, [0, 0, width - row.shape[2], 0], fill=255) for row in rows]
+    transforms.to_pil_image(torch.cat(rows, dim=1)).save(path)
 
 
 # --- prediction ---------------------------------------------------------------------------------
