@@ -242,13 +242,14 @@ class Head(nn.Module):
     def forward(self, pyramid):
         """S x (N, channels, H, W) -> logits (N, L, C), box (N, L, 4), centerness (N, L)."""
         C, on_box = self.cls_logits.out_channels, self.centerness_on_box_tower
-        last = [self.centerness]
-        cls = predict(pyramid, self.cls_tower, [self.cls_logits, *last[on_box:]])  # (N, L, >= C)
-        box = predict(pyramid, self.box_tower, [self.box_pred, *last[not on_box:]])  # (N, L, 8)
+        cls_convs, box_convs = [self.cls_logits], [self.box_pred]
+        (box_convs if on_box else cls_convs).append(self.centerness)
+        cls = run_tower(pyramid, self.cls_tower, cls_convs)           # (N, L, C or more)
+        box = run_tower(pyramid, self.box_tower, box_convs)           # (N, L, 8)
         return cls[..., :C], box[..., :4], box[..., 4] if on_box else cls[..., C]
 
 
-def predict(pyramid, tower, convs):
+def run_tower(pyramid, tower, convs):
     """The outputs of 3 x 3 convolutions after a tower, side by side: (N, L, channels).
 
     They run as one, padded to a multiple of 8 channels: with fewer, cuDNN has no channels_last
