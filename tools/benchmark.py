@@ -202,8 +202,8 @@ def coco_folder(folder, N, height, width):
 
 def torchvision_fcos(height, width, device="cpu", memory_format=FORMATS[0], compiled=False):
     """torchvision's fcos_resnet50_fpn as it comes with published weights: the BatchNorms, stem and
-    layer1 are frozen. The weights are random: those of bn3 keep the activations small, and the class
-    bias lets hundreds of candidates pass the threshold."""
+    layer1 are frozen. The weights are random: those of bn3 keep the activations small, and the
+    class bias lets hundreds of candidates pass the threshold."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3,
