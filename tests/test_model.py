@@ -85,9 +85,17 @@ def test_frozen_stages_have_no_gradient_and_all_else_has(norm, stages):
         assert parameter.requires_grad == expected == (parameter.grad is not None), name
 
 
-def test_activations_keep_their_precision_at_frozen_norms():
-    norm = our.FrozenNorm(8)
-    assert norm(torch.ones(1, 8, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_frozen_norm_is_torchvision_s_in_place_and_in_the_precision_of_its_input(dtype):
+    norm, theirs = our.FrozenNorm(8), FrozenBatchNorm2d(8)
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    theirs.load_state_dict(norm.state_dict())
+    x = torch.randn(2, 8, 4, 4).to(dtype)
+    expected = theirs(x)
+    assert norm(x) is x and x.dtype == dtype
+    rounded_twice = {"atol": 0.03, "rtol": 0} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(x, expected.to(dtype), **rounded_twice)
 
 
 def test_folded_norms_equal_unfolded_ones():
