@@ -105,9 +105,10 @@ class TrainConfig:
 
 MAY_CHANGE = {"data", "microbatch", "num_workers", "log_every", "eval_every", "checkpoint_every",
               "checkpoint_minutes"}
+# What --init-from takes over from the other checkpoint's configuration.
 ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth",
-                "centerness_on_box_tower", "box_unit", "sqrt_score", "pixel_mean", "pixel_std")
-#               what --init-from takes over from the other checkpoint
+                "centerness_on_box_tower", "box_unit", "location_offset", "sqrt_score",
+                "pixel_mean", "pixel_std")
 TERMS = ("cls", "box", "centerness")  # of the loss
 
 base = TrainConfig()

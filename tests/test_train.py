@@ -486,10 +486,14 @@ def test_init_from_takes_the_weights_and_the_outputs_of_classes_of_equal_names(
 
 
 def test_init_from_starts_another_run_of_the_same_architecture(dataset, uninterrupted, tmp_path):
-    main("demo", "--init-from", uninterrupted, "--data", dataset, "--run-dir", tmp_path, "--steps",
-         1, "--epochs", 0, "--frozen-stages", 5, "--skip-eval", "--num-workers", 0)
+    other = load_checkpoint(uninterrupted)
+    other["config"]["model"]["location_offset"] = 0.0  # as torchvision's
+    torch.save(other, tmp_path / "other.pt")
+    main("demo", "--init-from", tmp_path / "other.pt", "--data", dataset, "--run-dir", tmp_path,
+         "--steps", 1, "--epochs", 0, "--frozen-stages", 5, "--skip-eval", "--num-workers", 0)
     checkpoint = load_checkpoint(tmp_path)
-    assert checkpoint["step"] == 1 and checkpoint["config"]["model"]["channels"] == 8
+    model = checkpoint["config"]["model"]
+    assert checkpoint["step"] == 1 and model["channels"] == 8 and model["location_offset"] == 0
 
 
 # --- configuration ------------------------------------------------------------------------------
