@@ -21,10 +21,13 @@ none is in the L2 cache. On a GPU machine, in this order, with what has to hold 
         # focal loss + gradient: at most 1.3 copies of the logits (0.77x); 10x sigmoid_focal_loss
     python tools/benchmark.py --only gpu_inference gpu_training
         # 5 ms an image, 3x torchvision; 200 images/s, 3x torchvision --amp, 15 GB
+    python tools/benchmark.py --only gpu_profile
+        # a step with cudnn.benchmark and layout optimisation off and on; what holds it back
     make train RUN=runs/gpu_demo                                    # AP at least 0.65
     timeout -s TERM 120 python train.py fcos_R_50_FPN_1x_center_giou --data SMALL_COCO \\
         --steps 500 --backbone-weights none --run-dir runs/gpu_coco
     python train.py --resume --run-dir runs/gpu_coco                # from where it was stopped
+    python evaluate.py runs/gpu_coco
 
 To try there: in `train.prepare`, add "combo_kernels": True to the options of torch.compile, which
 makes 322 Triton kernels of the 680 of a step; a fused GroupNorm + ReLU, if the profile of a step
@@ -48,6 +51,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from operator import ge, le
 from pathlib import Path
@@ -350,13 +354,10 @@ def inference(device="cpu", height=800, width=1216):
         report("inference on a GPU: an image", "ms", times, bar="<= 5")
 
 
-def training(device="cpu", N=2, height=512, width=672, steps=1):
-    """Whole steps of ResNet-50 on one batch from the host, with equal weights; `steps` a turn.
-
-    Each side has its own assignment, losses and SGD. torchvision's floats are made beforehand.
-    """
-    gpu, weights = device == "cuda", torchvision_fcos(height, width).state_dict()
-    config = PRESETS["fcos_imprv_R_50_FPN_1x"]  # like torchvision's: GIoU, center sampling
+def prepare_step(device, N, height, width):
+    """What `training_step` takes: a run that is like torchvision's (GIoU, center sampling), and a
+    batch on the host."""
+    config = PRESETS["fcos_imprv_R_50_FPN_1x"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         coco_folder(folder, N, height, width)
         config = replace(config, data=folder, backbone_weights="none", batch_size=N,
@@ -364,7 +365,17 @@ def training(device="cpu", N=2, height=512, width=672, steps=1):
                          model=replace(config.model, long_side=max(height, width)))
         run = prepare(config, Path(folder), torch.device(device), None, None, skip_eval=True)
         requests = data.microbatches(run.sampler, range(1), 1, 0, 1)
-        (batch,) = data.batches(run.dataset, requests, 0, pin_memory=gpu)
+        (batch,) = data.batches(run.dataset, requests, 0, pin_memory=device == "cuda")
+    return run, batch
+
+
+def training(device="cpu", N=2, height=512, width=672, steps=1):
+    """Whole steps of ResNet-50 on one batch from the host, with equal weights; `steps` a turn.
+
+    Each side has its own assignment, losses and SGD. torchvision's floats are made beforehand.
+    """
+    gpu, weights = device == "cuda", torchvision_fcos(height, width).state_dict()
+    run, batch = prepare_step(device, N, height, width)
     run.model.load_state_dict(convert(weights, "torchvision", "")[1])
 
     def ours(network=run.network):
@@ -403,6 +414,23 @@ def training(device="cpu", N=2, height=512, width=672, steps=1):
     if gpu:
         rate = [1000 * N * steps / ms for ms in times]
         report("training on a GPU", "images/s", rate, bar=">= 200")
+
+
+def profile(N=16, height=800, width=1333):
+    """A training step on a GPU with two settings off and on, and the kernels that it launches."""
+    run, batch = prepare_step("cuda", N, height, width)
+    for autotuned, layout in product((False, True), repeat=2):
+        torch.backends.cudnn.benchmark = autotuned
+        torch.compiler.reset()
+        network = torch.compile(run.model, dynamic=False,
+                                options={"force_layout_optimization": layout})
+        step = partial(training_step, network, run.optimizer, [batch.to("cuda")], LR, run.config)
+        times = take_turns({"step": step}, seconds=5, device="cuda")["step"]
+        report(f"a step, cudnn.benchmark {autotuned}, layout {layout}", "ms", times)
+    with torch.profiler.profile() as profiler:
+        step()
+    print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40,
+                                        max_name_column_width=80))
 
 
 # --- kernels on a GPU ---------------------------------------------------------------------------
@@ -488,9 +516,9 @@ def focal(R=16 * 22_400, count=4):
 MEASUREMENTS = {
     "input": input_pipeline, "assignment": assignment, "inference": inference,
     "training": training, "nms": nms, "focal": focal, "gpu_inference": partial(inference, "cuda"),
-    "gpu_training": partial(training, "cuda", 16, 800, 1333, steps=5)}
-NEEDS = {"nms": csrc.available, "focal": csrc.available,  # those without need nothing
-         "gpu_inference": torch.cuda.is_available, "gpu_training": torch.cuda.is_available}
+    "gpu_training": partial(training, "cuda", 16, 800, 1333, steps=5), "gpu_profile": profile}
+NEEDS = dict.fromkeys(("nms", "focal"), csrc.available) | dict.fromkeys(  # the others need nothing
+    ("gpu_inference", "gpu_training", "gpu_profile"), torch.cuda.is_available)
 
 
 def surroundings() -> str:
