@@ -70,9 +70,8 @@ def make_locations(height, width, strides=STRIDES, offset=0.5, device="cpu") -> 
     """
     levels = tuple(Level(s, (height - 1) // s + 1, (width - 1) // s + 1) for s in strides)
     xy, stride, size_range, first = [], [], [], [0]
-    smallest = -1.0
-    for level in levels:
-        largest = math.inf if level is levels[-1] else float(CELLS_IN_RANGE * level.stride)
+    limits = [-1.0, *(float(CELLS_IN_RANGE * s) for s in strides[:-1]), math.inf]
+    for level, smallest, largest in zip(levels, limits, limits[1:]):
         y = (torch.arange(level.height, dtype=torch.float32) + offset) * level.stride  # (H,)
         x = (torch.arange(level.width, dtype=torch.float32) + offset) * level.stride   # (W,)
         y, x = torch.meshgrid(y, x, indexing="ij")                                     # (H, W)
@@ -80,7 +79,6 @@ def make_locations(height, width, strides=STRIDES, offset=0.5, device="cpu") -> 
         stride.append(torch.full((y.numel(),), float(level.stride)))                   # (H*W,)
         size_range.append(torch.tensor([smallest, largest]).expand(y.numel(), 2))      # (H*W, 2)
         first.append(first[-1] + y.numel())
-        smallest = largest
     cells = torch.tensor([(level.width, level.height) for level in levels])
     xy, stride, size_range, first, cells = (x.to(device) for x in (
         torch.cat(xy), torch.cat(stride), torch.cat(size_range), torch.tensor(first[:-1]), cells))
@@ -117,13 +115,16 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
     stride = locations.stride[locations.first, None]                             # (S, 1)
     origin = locations.xy[locations.first]                                       # (S, 2)
     smallest, largest = locations.size_range[locations.first, :, None].unbind(1)  # (S, 1) each
-    lower, upper = start, end
-    if radius is not None:
-        centre = (start + end) / 2
-        lower = torch.maximum(start, centre - radius * stride)                   # (B, S, 2)
-        upper = torch.minimum(end, centre + radius * stride)                     # (B, S, 2)
+    radius = math.inf if radius is None else radius
+    centre = (start + end) / 2
+    lower = torch.maximum(start, centre - radius * stride)                       # (B, S, 2)
+    upper = torch.minimum(end, centre + radius * stride)                         # (B, S, 2)
     corner = ((torch.maximum(lower, end - largest) - origin) / stride).floor().clamp(min=0)
-    window = torch.arange(_window(locations.levels, radius), device=device)      # (V,)
+    # Cells at most 8 strides from both ends of a box of s strides span min(s, 16 - s) <= 8 strides;
+    # the last level has no such bound, but a finite number of cells.
+    last = locations.levels[-1]
+    span = min(2 * radius, max(CELLS_IN_RANGE, last.height, last.width))
+    window = torch.arange(1 + math.ceil(span), device=device)                    # (V,)
     cell = corner.long()[..., None] + window                                     # (B, S, 2, V)
     xy = cell * stride[..., None] + origin[..., None]                            # (B, S, 2, V)
     start, end, lower, upper = (x[..., None] for x in (start, end, lower, upper))
@@ -161,15 +162,3 @@ def centerness_target(ltrb: Tensor) -> Tensor:
     l, t, r, b = ltrb.unbind(-1)
     return (torch.minimum(l, r) / torch.maximum(l, r)
             * (torch.minimum(t, b) / torch.maximum(t, b))).sqrt()
-
-
-def _window(levels, radius):
-    """How many cells along an axis can hold all positive locations of any box.
-
-    Cells at most 8 strides from both ends of a box of s strides span min(s, 16 - s) <= 8 strides;
-    the last level has no such bound, but a finite number of cells.
-    """
-    reach = math.inf if radius is None else 2 * radius
-    on_last_level = min(reach, max(levels[-1].height, levels[-1].width))
-    on_others = min(reach, CELLS_IN_RANGE) if len(levels) > 1 else 0
-    return 1 + math.ceil(max(on_last_level, on_others))

@@ -12,8 +12,8 @@
 
 `tools/check_data.py` says more about a data set than the reader, and can repair it.
 
-Letters: I images, A annotations and B boxes of a split, N images of a batch, G boxes of an image,
-C classes.
+Letters: I images and A annotations of a split, N images of a batch, G boxes of an image, B boxes of
+a split or a batch, C classes.
 """
 
 import json
@@ -95,14 +95,14 @@ def _is_name(v):
     return type(v) is str and 0 < len(v) < 500 and not re.search("[\0-\x1f\x7f\ud800-\udfff]", v)
 
 
-INTEGER = (_is_int, "an integer", None)
-PIXELS = (lambda v: _is_int(v) and 0 < v <= 10**6, "a number of pixels", None)
-FIELDS = {  # what the reader needs of COCO format: table -> field -> (test, expected, default)
-    "categories": {"id": INTEGER, "name": (_is_name, "a text", None)},
+INTEGER = (_is_int, "an integer")
+PIXELS = (lambda v: _is_int(v) and 0 < v <= 10**6, "a number of pixels")
+FIELDS = {  # what the reader needs of COCO format: table -> field -> (test, expected)
+    "categories": {"id": INTEGER, "name": (_is_name, "a non-empty string")},
     "images": {
         "id": INTEGER,
         "file_name": (lambda v: _is_name(v) and not os.path.isabs(v) and ".." not in Path(v).parts,
-                      "a path inside the image folder", None),
+                      "a path inside the image folder"),
         "height": PIXELS,
         "width": PIXELS},
     "annotations": {
@@ -110,8 +110,8 @@ FIELDS = {  # what the reader needs of COCO format: table -> field -> (test, exp
         "category_id": INTEGER,
         "bbox": (lambda v: type(v) is list and len(v) == 4
                  and all(type(x) is float or _is_int(x) for x in v),
-                 "four numbers [x, y, width, height]", None),
-        "iscrowd": (lambda v: v in (0, 1), "0 or 1", 0)},
+                 "four numbers [x, y, width, height]"),
+        "iscrowd": (lambda v: v in (0, 1, None), "0 or 1")},  # None: missing
 }
 
 
@@ -141,8 +141,8 @@ def read_annotations(path, content: dict | None = None) -> Annotations:
 
     columns = {}
     for table, tests in FIELDS.items():
-        for key, (valid, expected, default) in tests.items():
-            columns[table, key] = [entry.get(key, default) for entry in content[table]]
+        for key, (valid, expected) in tests.items():
+            columns[table, key] = [entry.get(key) for entry in content[table]]
             for i, value in enumerate(columns[table, key]):
                 if not valid(value):
                     refuse(table, i, f"has {key} {value!r:.80} instead of {expected}")
@@ -159,7 +159,7 @@ def read_annotations(path, content: dict | None = None) -> Annotations:
                 refuse("annotations", i, f"has {key} {id}, which is not among the {table}")
 
     xywh = np.array(columns["annotations", "bbox"], np.float64).reshape(-1, 4)
-    if (np.abs(xywh) <= 1).all(axis=1).sum() > len(xywh) / 2:  # no box of a pixel is learned
+    if (np.abs(xywh) <= 1).all(axis=1).sum() > len(xywh) / 2:  # not plausible in pixels
         refuse("annotations", 0, f"has bbox {content['annotations'][0]['bbox']}, normalised like "
                "most here; multiply by the image's width and height")
     of_boxes = np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1)).clip(0, 1e10).tolist()
@@ -214,7 +214,7 @@ def resized(height, width, short_side, long_side, enlarge=True) -> tuple[int, in
 
 
 def padded(pixels) -> int:
-    """The side of a canvas that holds so many pixels."""
+    """Round a length up to a multiple of PADDED_TO."""
     return math.ceil(pixels / PADDED_TO) * PADDED_TO
 
 
@@ -228,8 +228,8 @@ def canvas_for(sizes, sides=()) -> tuple[int, int]:
 class TrainSampler:
     """What a training step sees: a pure function of (seed, step), the same in every process.
 
-    An epoch is a permutation of the images, tall and wide ones apart so that little is padded, cut
-    into batches, whose order is shuffled. Images drawn from all fill up the last one.
+    An epoch is a permutation of the images, tall before wide so that batches need little padding,
+    cut into batches, which are shuffled. Images drawn at random fill the last one.
     """
     sizes: np.ndarray                          # (I, 2) heights and widths of the split
     images: np.ndarray                         # indices of the images to train on
@@ -239,7 +239,7 @@ class TrainSampler:
     long_side: int = 1333                      # pixels
     enlarge: bool = True
     flip: float = 0.5                          # probability of a horizontal flip
-    canvas_sides: int = 0                      # padded heights and widths; 0: multiples of 32
+    canvas_sides: int = 0                      # how many padded lengths may occur; 0: any
 
     def __post_init__(self):
         largest = [resized(h, w, self.short_sides[1], self.long_side, self.enlarge)
@@ -355,7 +355,7 @@ class CocoDataset(Dataset):
         here = slice(*self.first[index:index + 2])
         return self.boxes[here], self.labels[here]
 
-    def __getitem__(self, requests: list[Request]) -> "Batch | Exception":
+    def __getitem__(self, requests: list[Request]) -> Batch | Exception:
         try:
             return self.load(requests)
         except Exception as error:  # `batches` raises it, in the training process
@@ -371,7 +371,7 @@ class CocoDataset(Dataset):
             box, label = (torch.from_numpy(x) for x in self.targets(request.index))
             h, w = request.size
             box = box * torch.tensor([w / image.shape[2], h / image.shape[1]]).repeat(2)
-            image = resize(image, request.size)
+            image = transforms.resize(image, request.size)  # antialiased
             if request.seed is not None:
                 image, box = augment(image, box, request)
             canvas[:, :h, :w] = image
@@ -382,7 +382,7 @@ class CocoDataset(Dataset):
                      [request.index for request in requests])
 
     def image(self, index) -> Tensor:
-        """An image as its boxes are meant, (3, H, W) uint8 RGB: of the size that the JSON says."""
+        """An image, turned so that it has the size that the JSON says: (3, H, W) uint8 RGB."""
         path, (height, width) = self.image_path(index), self.annotations.sizes[index].tolist()
         for exif in (False, True):  # the boxes may be drawn on the image as its EXIF note turns it
             image = load_image(path, apply_exif=exif)
@@ -409,13 +409,8 @@ def mirror(boxes: Tensor, width) -> Tensor:
     return torch.stack([width - x1, y0, width - x0, y1], dim=-1)
 
 
-def resize(image: Tensor, size) -> Tensor:
-    """(3, h0, w0) uint8 -> (3, h, w), antialiased."""
-    return transforms.resize(image, list(size), antialias=True)
-
-
 def blank(N, height, width) -> Tensor:
-    """N empty canvases, (N, 3, H, W) uint8 in channels_last; zeros of numpy are free until used."""
+    """N empty canvases, (N, 3, H, W) uint8 in channels_last."""
     return torch.from_numpy(np.zeros((N, height, width, 3), np.uint8)).permute(0, 3, 1, 2)
 
 
@@ -443,10 +438,10 @@ def upright(image: Image.Image) -> Image.Image:
 def as_rgb(image: Image.Image) -> Tensor:
     """A Pillow image as (3, H, W) uint8 RGB."""
     if image.mode in ("I", "F"):
-        raise UserError(f"pixels of 32 bits (mode {image.mode}) have no set range")
+        raise UserError(f"pixels of 32 bits (mode {image.mode}) have no defined range")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P":  # a palette with transparency
+    elif image.mode == "P":  # a palette, perhaps with transparency
         image = image.convert("RGBA")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
@@ -487,7 +482,7 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
 
 
 def fitting(requests, num_workers: int):
-    """The requests, while their batches fit into /dev/shm; workers that find it full hang."""
+    """Pass requests on while their batches fit into /dev/shm; workers hang when it is full."""
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     processes = num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for request in requests:
@@ -503,7 +498,7 @@ def open_split(root, kind: str, split: str = "") -> CocoDataset:
     """A split of a COCO-format folder, see `find_split`; every image file must exist."""
     json_file, folder = find_split(root, kind, split)
     dataset = CocoDataset(read_annotations(json_file), folder)
-    with os.scandir(folder) as entries:  # one look at the folder instead of one at each file
+    with os.scandir(folder) as entries:  # one scan of the folder instead of a look at each file
         listed = {entry.name for entry in entries if entry.is_file()}
     for i, name in enumerate(dataset.annotations.file_names.tolist()):
         if name not in listed and not os.path.isfile(dataset.image_path(i)):

@@ -179,7 +179,7 @@ class Detector:
         for h, w in sizes:
             for flip in (False, True) if tta else (False,):
                 canvas = data.blank(1, *data.canvas_for([(h, w)]))                 # (1, 3, H', W')
-                resized = data.resize(image, (h, w))
+                resized = transforms.resize(image, (h, w))
                 canvas[0, :, :h, :w] = resized.flip(2) if flip else resized
                 boxes, scores, labels = self.candidates(canvas, torch.tensor([(h, w)]))
                 boxes = data.mirror(boxes, w) if flip else boxes
@@ -436,7 +436,7 @@ def draw(image: Tensor, boxes, labels, texts, side, truth=()) -> Tensor:
     """An image (3, h, w) uint8, its long side resized to `side`, with boxes; `truth` in white."""
     h, w = image.shape[1:]
     scale = side / max(h, w)
-    image = data.resize(image, (max(1, round(h * scale)), max(1, round(w * scale))))
+    image = transforms.resize(image, (max(1, round(h * scale)), max(1, round(w * scale))))
     limit = torch.tensor([image.shape[2] - 1.0, image.shape[1] - 1.0]).repeat(2)
 
     def scaled(boxes):

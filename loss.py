@@ -65,9 +65,9 @@ def box_loss(pred_ltrb: Tensor, target_ltrb: Tensor, kind: str) -> Tensor:
     """The loss of each predicted box against its target, both seen from the same location.
 
     Args:
-        pred_ltrb, target_ltrb: (K, 4) distances >= 0, both in pixels or both in strides.
+        pred_ltrb, target_ltrb: (..., 4) distances >= 0, both in pixels or both in strides.
         kind: "iou" (arXiv:1608.01471), "linear_iou" or "giou" (arXiv:1902.09630).
-    Returns: (K,).
+    Returns: (...,).
     """
     # Both boxes contain the location, so they overlap by the smaller of each pair of distances.
     intersection = _area(torch.minimum(pred_ltrb, target_ltrb))
@@ -113,15 +113,13 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", norm: Tensor | None 
 
     # At background the target stands in for the prediction, which costs 0 and has gradient 0.
     pred_ltrb = torch.where(positive[..., None], outputs.ltrb, targets.ltrb)    # (N, L, 4)
-    target_ltrb = targets.ltrb
-    if stride is not None:
-        pred_ltrb, target_ltrb = pred_ltrb / stride[:, None], target_ltrb / stride[:, None]
-    box = box_loss(pred_ltrb.reshape(-1, 4), target_ltrb.reshape(-1, 4), kind)  # (N*L,)
+    unit = 1.0 if stride is None else stride[:, None]                           # pixels
+    box = box_loss(pred_ltrb / unit, targets.ltrb / unit, kind)                 # (N, L)
     centerness = F.binary_cross_entropy_with_logits(
         outputs.centerness, targets.centerness, reduction="none")               # (N, L)
     return {
         "cls": focal_loss(outputs.logits.flatten(0, 1), targets.labels.flatten(),
                           scale=1 / (num_pos + num_images)),
-        "box": (box * targets.centerness.flatten()).sum() / centerness_sum.clamp(min=1e-6),
+        "box": (box * targets.centerness).sum() / centerness_sum.clamp(min=1e-6),
         "centerness": torch.where(positive, centerness, 0.0).sum() / num_pos.clamp(min=1),
     }

@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -55,7 +55,7 @@ class ModelConfig:
     centerness_on_box_tower: bool = False    # improved FCOS: True
     box_unit: Literal["pixel", "stride"] = "pixel"  # exp(s * x), or relu(s * x) * stride
     location_offset: float = 0.5             # of a location in its cell, in strides
-    location_spacing: Literal["stride", "even"] = "stride"  # even: torchvision's `evenly_spaced`
+    location_spacing: Literal["stride", "even"] = "stride"  # even: as torchvision's detector
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, 0..255
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)     # RGB, 0..255
     # inference
@@ -82,7 +82,7 @@ IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True
 
 
 def validate(config, at_least: dict, at_most: dict):
-    """Raise on the first field of another type, or not in its range (default: finite, >= 0)."""
+    """Raise on the first field of another type, or not in its range (default: 0 to 2**31)."""
     for f in fields(config):
         value, default = getattr(config, f.name), f.default
         option = f"--{f.name.replace('_', '-')} {value!r:.80}"
@@ -101,7 +101,7 @@ def validate(config, at_least: dict, at_most: dict):
 
 
 def config_from_dict(Config, values: dict, source):
-    """Rebuild a configuration. Missing fields (added since) take today's default, with a notice."""
+    """Rebuild a configuration; fields added since it was saved take their defaults, and say so."""
     known = {f.name: f.default for f in fields(Config)}
     if unknown := sorted(map(str, values.keys() - known.keys())):
         raise UserError(f"{source}: its {Config.__name__} has fields this code does not know "
@@ -257,8 +257,8 @@ def run_tower(pyramid, tower, convs):
     They run as one, padded to a multiple of 8 channels: with fewer, cuDNN has no channels_last
     kernel, and copies every input.
     """
-    weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in
-                    ("weight", "bias"))
+    weight = torch.cat([conv.weight for conv in convs])
+    bias = torch.cat([conv.bias for conv in convs])
     padding = -len(bias) % 8
     weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, padding))
     bias = nn.functional.pad(bias, (0, padding))
@@ -276,10 +276,9 @@ class FCOS(nn.Module):
         self.fpn = FPN(self.backbone.channels, config.channels)
         self.head = Head(config)
         self.scales = nn.Parameter(torch.ones(len(STRIDES)))
-        self.register_buffer("strides", torch.tensor(STRIDES), persistent=False)
-        for name in ("pixel_mean", "pixel_std"):
-            value = torch.tensor(getattr(config, name)).view(3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+        self.strides = nn.Buffer(torch.tensor(STRIDES), persistent=False)
+        self.pixel_mean = nn.Buffer(torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
+        self.pixel_std = nn.Buffer(torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> Outputs:
         """
@@ -289,14 +288,14 @@ class FCOS(nn.Module):
                 default: no padding.
         """
         x = self.normalize(images, image_sizes)                       # (N, 3, H, W)
-        pyramid = self.fpn(*self.backbone(x))                         # S x (N, channels, H/s, W/s)
+        pyramid = self.fpn(*self.backbone(x))                         # S x (N, channels, ., .)
         logits, box, centerness = self.head(pyramid)
         in_pixels = self.config.box_unit == "pixel"
         factors = self.scales if in_pixels else self.scales * self.strides
         factor = torch.cat([factor.expand(p.shape[2] * p.shape[3])
                             for factor, p in zip(factors, pyramid)])  # (L,)
         box = box.float() * factor[:, None]
-        # inf would have NaN as its gradient
+        # clamped because the gradient at inf would be NaN
         ltrb = box.clamp(max=16).exp() if in_pixels else box.relu()
         return Outputs(logits, ltrb, centerness.float())
 
@@ -306,7 +305,7 @@ class FCOS(nn.Module):
             rows = torch.arange(x.shape[2], device=x.device) < image_sizes[:, :1]     # (N, H)
             columns = torch.arange(x.shape[3], device=x.device) < image_sizes[:, 1:]  # (N, W)
             x = x * (rows[:, None, :, None] & columns[:, None, None, :])
-        weight = self.head.cls_logits.weight  # convolutions want both in one memory format
+        weight = self.head.cls_logits.weight  # else every convolution converts its input
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.to(weight.dtype, memory_format=torch.channels_last if channels_last
                     else torch.contiguous_format)
@@ -355,23 +354,22 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     # The top k of a level's H*W*C scores are at the k locations with the best top class.
     top_class = outputs.logits.amax(-1, keepdim=True)                              # (N, L, 1)
     best = final_scores(top_class, centerness, config).squeeze(-1)                 # (N, L)
-    cells = [level.height * level.width for level in locations.levels]
-    longest = torch.sym_max(k, cells[0])
+    counts = [level.height * level.width for level in locations.levels]
+    longest = torch.sym_max(k, counts[0])
     best = torch.stack([nn.functional.pad(level, (0, longest - level.shape[1]), value=-1.0)
-                        for level in best.split(cells, dim=1)], dim=1)             # (N, S, longest)
+                        for level in best.split(counts, dim=1)], dim=1)            # (N, S, longest)
     best, location = best.topk(k, sorted=False)                                    # (N, S, k)
     location = (location + locations.first[:, None]).clamp(max=L - 1).flatten(1)   # (N, S*k)
 
-    def at(x, location):
-        return x.gather(1, location[..., None].expand(-1, -1, x.shape[2]))
-
-    scores = final_scores(at(outputs.logits, location), at(centerness, location), config)
+    image = torch.arange(N, device=location.device)[:, None]                       # (N, 1)
+    logits, centerness = outputs.logits[image, location], centerness[image, location]
+    scores = final_scores(logits, centerness, config)
     scores = scores * (best >= 0).view(N, -1, 1)                                   # (N, S*k, C)
     scores, index = scores.view(N, S, k * C).topk(k)                               # (N, S, k)
     scores, labels = scores.flatten(1), (index % C).flatten(1)                     # (N, K)
     location = location.view(N, S, k).gather(2, index // C).flatten(1)             # (N, K)
 
-    ltrb = at(outputs.ltrb, location)                                              # (N, K, 4)
+    ltrb = outputs.ltrb[image, location]                                           # (N, K, 4)
     xy = evenly_spaced(locations) if config.location_spacing == "even" else locations.xy
     xy = xy[location]                                                              # (N, K, 2)
     corners = torch.stack([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=2)         # (N, K, 2, 2)
@@ -397,9 +395,9 @@ def final_scores(logits, centerness, config: ModelConfig):
 def nms_mask(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
     """Greedy NMS inside each group; which boxes survive.
 
-    boxes (K, 4), scores (K,), groups (K,) int64, negative for padding -> (K,) bool. Without the
-    extension, torchvision's NMS runs once over boxes that are moved apart by group, in float64:
-    unlike in float32 this rounds nothing.
+    boxes (N*K, 4), scores (N*K,), groups (N*K,) int64, negative for padding -> (N*K,) bool.
+    Without the extension, torchvision's NMS runs once over boxes that are moved apart by group, in
+    float64, because float32 would round the moved boxes.
     """
     if boxes.is_cuda and csrc.available():
         return csrc.nms_mask(boxes, scores, groups, iou)
@@ -423,8 +421,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: ModelConfig,
     keep = nms(boxes.flatten(0, 1), scores.flatten(), group.flatten(), config.nms_iou)
     scores = torch.where(keep.view(scores.shape), scores, 0.0)
     scores, index = scores.topk(min(config.max_detections, scores.shape[1]))       # (N, D)
-    boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    return boxes, scores, labels.gather(1, index), (scores > 0).sum(1)
+    return boxes[image, index], scores, labels[image, index], (scores > 0).sum(1)
 
 
 def unpad(boxes, scores, labels, count) -> list[Detections]:
@@ -496,12 +493,12 @@ def load_checkpoint(path) -> dict:
     if not ours:
         raise UserError(f"{file}: not a checkpoint of this version of the code; for weights of "
                         "another codebase see tools/import_weights.py")
-    checkpoint["config"]["model"] = {f.name: getattr(model, f.name) for f in fields(model)}
+    checkpoint["config"]["model"] = asdict(model)
     return checkpoint
 
 
 def read_archive(path) -> dict:
-    """torch.load(weights_only=True), after checking the archive's CRC-32, which it does not."""
+    """torch.load(weights_only=True), after checking the archive's CRC-32, which it skips."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
@@ -523,12 +520,12 @@ def read_archive(path) -> dict:
     return loaded
 
 
-def load_weights(model: nn.Module, state: dict, complaint: str):
+def load_weights(model: nn.Module, state: dict, message: str):
     """Load a state dict; one sentence instead of a traceback if names or shapes differ."""
     try:
         model.load_state_dict(state)
     except Exception as error:  # also whatever a state dict of other things makes torch raise
-        raise UserError(f"{complaint}: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(f"{message}: {' '.join(str(error).split())[:400]}") from None
 
 
 def build_model(checkpoint: dict, source="checkpoint") -> FCOS:

@@ -53,8 +53,8 @@ class Findings(list):
 
 def fault(table, entry, ids) -> tuple[str, str] | None:
     """Why the reader would refuse an entry, and the field; `ids` are those of usable entries."""
-    for key, (valid, expected, default) in data.FIELDS[table].items():
-        if not valid(entry.get(key, default)):
+    for key, (valid, expected) in data.FIELDS[table].items():
+        if not valid(entry.get(key)):
             return f"whose {key} is not {expected}", key
         if key == "id" and entry[key] in ids[table]:
             return "that have the id of another", key

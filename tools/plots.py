@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_convert
-from torchvision.transforms.v2.functional import pad, pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import pad, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -159,7 +159,7 @@ def level_picture(image, boxes, stride, labels, centerness, width=480) -> Tensor
     cells = F.interpolate(cells[None], scale_factor=stride)[0, :, :h, :w]               # (4, h, w)
     pale = 255 - 0.4 * (255 - image)
     image = (cells[3] * cells[:3] + (1 - cells[3]) * pale).to(torch.uint8)
-    image = data.resize(image, (max(1, round(width * h / w)), width))
+    image = resize(image, (max(1, round(width * h / w)), width))
     return draw_bounding_boxes(image, boxes * (width / w), width=2, colors=[
         COLORS[g % len(COLORS)] for g in range(len(boxes))])
 
@@ -320,7 +320,7 @@ def judged(dataset, image_id, verdict, side=480) -> tuple[str, Tensor]:
     image = dataset.image(a.image_ids.tolist().index(image_id))
     scale = side / max(image.shape)
     h, w = (max(1, round(s * scale)) for s in image.shape[1:])
-    image = data.resize(image, (h, w))
+    image = resize(image, (h, w))
     stripes = (torch.arange(h)[:, None] + torch.arange(w)) % 12 < 7
     for (kind, rows), color in zip(verdict.items(), ("blue", "red", "green")):
         if rows:
