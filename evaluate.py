@@ -113,7 +113,7 @@ def run_program(main):
                     "(--batch-size, --microbatch) or their size")
     except KeyboardInterrupt:
         sys.exit(130)
-    try:  # processes often fail alike: one message is enough
+    try:  # all processes usually fail alike: print it once
         first = _store is None or _store.add("failed", 1) == 1
     except RuntimeError:  # rank 0, which holds the store, has ended
         first = False
@@ -148,11 +148,12 @@ class NamedDetections:
 
 
 class Detector:
-    """A trained model made fast for inference: norms folded, weights in the precision, and on a
-    GPU a CUDA graph for every shape of input that comes a third time."""
+    """A trained model prepared for inference: frozen BatchNorms folded, weights in the precision,
+    and on a GPU a CUDA graph for every shape of a small batch that comes a third time."""
 
-    def __init__(self, model: FCOS, names: list[str], device, precision: str = "auto"):
-        self.config, self.names, self.device = model.config, names, torch.device(device)
+    def __init__(self, model: FCOS, categories: dict, device, precision: str = "auto"):
+        self.config, self.categories = model.config, categories  # "ids" and "names", C each
+        self.device = torch.device(device)
         dtype = dtype_of(precision, self.device)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_frozen_norms(self.model)
@@ -189,7 +190,7 @@ class Detector:
         keep = d.scores >= threshold
         labels = d.labels[keep]
         return NamedDetections(d.boxes[keep], d.scores[keep], labels,
-                               [self.names[label] for label in labels])
+                               [self.categories["names"][label] for label in labels])
 
     @torch.no_grad()
     def detect_batch(self, images: Tensor, sizes: Tensor) -> list[Detections]:
@@ -199,10 +200,10 @@ class Detector:
 
     def to_image(self, boxes: Tensor, size, original) -> Tensor:
         """Boxes (..., 4) in an image resized to `size`, in pixels of the `original` size."""
-        scale = boxes.new_tensor([original[1] / size[1], original[0] / size[0]]).repeat(2)
-        boxes = boxes * scale
+        (h, w), (height, width) = size, original
+        boxes = boxes * boxes.new_tensor([width / w, height / h]).repeat(2)
         if self.config.inclusive_boxes:  # the last pixel belongs to the box
-            edge = boxes.new_tensor([original[1], original[0]])
+            edge = boxes.new_tensor([width, height])
             boxes = torch.cat([boxes[..., :2], torch.minimum(boxes[..., 2:] + 1, edge)], dim=-1)
         return boxes
 
@@ -243,8 +244,7 @@ def load_detector(path, device=None, precision: str = "auto") -> Detector:
     """The trained detector of a run folder or a checkpoint file, on the GPU if there is one."""
     checkpoint = load_checkpoint(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = checkpoint["categories"]["names"]
-    return Detector(build_model(checkpoint, path), names, device, precision)
+    return Detector(build_model(checkpoint, path), checkpoint["categories"], device, precision)
 
 
 def as_tensor(image) -> Tensor:
@@ -309,7 +309,7 @@ def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_worke
 def coco_evaluation(annotations: Annotations, results: list[dict]):
     """pycocotools' COCOeval, evaluated. Annotations are numbered from 1: id 0 never matches.
 
-    A faulty box becomes one that nothing can hit: with a NaN, everything would.
+    A faulty box becomes one that no detection matches; a NaN box would match them all.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -336,9 +336,9 @@ def coco_evaluation(annotations: Annotations, results: list[dict]):
     return evaluation
 
 
-def coco_metrics(evaluation, annotations: Annotations, results: list[dict]) -> dict:
+def coco_metrics(annotations: Annotations, results: list[dict]) -> dict:
     """The 12 COCO figures, and AP, AP50 and counts of each class; -1 without ground truth."""
-    a = annotations
+    a, evaluation = annotations, coco_evaluation(annotations, results)
     precision = evaluation.eval["precision"][..., 0, -1]  # (10 IoUs, 101 recalls, C)
     boxes = np.bincount(a.labels[~a.crowd], minlength=len(a.category_ids)).tolist()
     detections = Counter(row["category_id"] for row in results)
@@ -372,7 +372,7 @@ def explain(metrics: dict) -> list[str]:
         if c["AP"] <= 0:
             reason = ("-1, as the class has no true box" if c["AP"] < 0 else
                       "0, as the class was never detected" if not c["detections"] else
-                      "0, as all its detections have an IoU below 0.5 or another class")
+                      "0, as none of its detections matches a true box at IoU 0.5")
             reasons.setdefault(reason, []).append(c["name"])
     return sentences + [f"AP is {why}: {', '.join(names)}" for why, names in reasons.items()]
 
@@ -382,9 +382,9 @@ def print_metrics(metrics: dict, all_classes=False, shown=8):
     figures, classes = metrics["figures"], metrics["classes"]
     if len(classes) > 2 * shown and not all_classes:
         print(f"\nthe best and worst {shown} of {len(classes)} classes; --all-classes shows all")
-        by_AP = sorted(classes, key=lambda c: -c["AP"])
-        classes = by_AP[:shown] + by_AP[-shown:]
-    width = max(len(c["name"]) for c in classes)
+        by_AP = sorted((c for c in classes if c["AP"] >= 0), key=lambda c: -c["AP"])
+        classes = by_AP[:shown] + by_AP[shown:][-shown:]
+    width = max(map(len, ["class", *(c["name"] for c in classes)]))
     print(f"\n{'class':<{width}}     AP   AP50   boxes  detections")
     for c in classes:
         print(f"{c['name']:<{width}} {c['AP']:6.3f} {c['AP50']:6.3f} {c['boxes']:7d} "
@@ -397,8 +397,8 @@ def print_metrics(metrics: dict, all_classes=False, shown=8):
 
 def check_categories(annotations: Annotations, ids: list[int], names: list[str], owner: str):
     """Refuse data whose categories are not those of `owner`."""
-    here, there = (set(zip(*x)) for x in (
-        (annotations.category_ids, annotations.category_names), (ids, names)))
+    here = set(zip(annotations.category_ids, annotations.category_names))
+    there = set(zip(ids, names))
     if here != there:
         differ = ", ".join(f"{id} {name!r} is only {'here' if (id, name) in here else 'there'}"
                            for id, name in sorted(here ^ there)[:20])
@@ -406,19 +406,19 @@ def check_categories(annotations: Annotations, ids: list[int], names: list[str],
                         "give both the same list of categories")
 
 
-def evaluate(detector: Detector, dataset: CocoDataset, category_ids, out: Path | None = None,
-             all_classes=False, **options) -> dict | None:
+def evaluate(detector: Detector, dataset: CocoDataset, out: Path | None = None, all_classes=False,
+             **options) -> dict | None:
     """Evaluate on a split; returns the metrics on rank 0. `options`: of `detect_all`.
 
     With a folder `out`, prints them and writes out/detections.png, and in out/eval results.json
     (COCO's results format) and metrics.json.
     """
     annotations = dataset.annotations
-    check_categories(annotations, category_ids, detector.names, "the detector")
+    check_categories(annotations, **detector.categories, owner="the detector")
     results = detect_all(detector, dataset, **options)
     if results is None:
         return None
-    metrics = coco_metrics(coco_evaluation(annotations, results), annotations, results)
+    metrics = coco_metrics(annotations, results)
     if out:
         print_metrics(metrics, all_classes)
         (out / "eval").mkdir(parents=True, exist_ok=True)
@@ -549,8 +549,8 @@ def main(argv=None):
         parser.error("--batch-size must be at least 1, --num-workers at least 0")
     device = init_distributed()
     checkpoint = load_checkpoint(args.weights)
-    names = checkpoint["categories"]["names"]
-    detector = Detector(build_model(checkpoint, args.weights), names, device, args.precision)
+    detector = Detector(build_model(checkpoint, args.weights), checkpoint["categories"], device,
+                        args.precision)
     run = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
     out = Path(args.out or (run / "predictions" if args.images else run))
     out.mkdir(parents=True, exist_ok=True)
@@ -569,8 +569,8 @@ def main(argv=None):
                         "format folder with DATA=... (--data)")
     dataset = data.open_split(root, "val", args.val_split or trained.get("val_split", ""))
     print0(dataset.summary())
-    evaluate(detector, dataset, checkpoint["categories"]["ids"], out, args.all_classes,
-             batch_size=args.batch_size, num_workers=args.num_workers, tta=args.tta)
+    evaluate(detector, dataset, out, args.all_classes, batch_size=args.batch_size,
+             num_workers=args.num_workers, tta=args.tta)
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ class TrainConfig:
     backbone_weights: str = "imagenet"       # imagenet (downloaded), none, or a state dict file
     # targets and losses
     center_radius: float = 0.0               # of center sampling, in strides; 0: the whole box
-    box_loss: Literal[BOX_LOSSES] = "iou"    # loss of a box
+    box_loss: Literal[BOX_LOSSES] = "iou"    # regression loss of positive locations
     # optimization
     batch_size: int = 16                     # images of a step, over all processes
     steps: int = 90_000                      # optimizer steps, at most
     epochs: float = 0.0                      # passes over the data, at most; 0: no limit
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum 0.9
-    lr: float = 0.01                         # of weights; biases learn twice as fast
-    weight_decay: float = 1e-4               # of weights; biases have none
+    lr: float = 0.01                         # learning rate; biases use twice as much
+    weight_decay: float = 1e-4               # not applied to biases
     warmup_steps: int = 500                  # at a third of the lr; at most a tenth of the run
     schedule: Literal["step", "cosine"] = "step"  # step: x 0.1 after 2/3 and 8/9 of the steps
     grad_clip: float = 0.0                   # largest norm of the gradient; 0: no limit
@@ -88,11 +88,11 @@ class TrainConfig:
     # may change on resume
     microbatch: int = 0                      # images at once on a device; lower it when out of
     #                                          memory, results stay the same; 0: all
-    num_workers: int = min(4, os.cpu_count() or 1)  # loading processes of each process; 0: none
-    log_every: int = 20                      # steps between two progress lines
-    eval_every: int = 0                      # steps between two evaluations; 0: a fifth of the run
-    checkpoint_every: int = 1000             # steps between two checkpoints
-    checkpoint_minutes: float = 10.0         # minutes between two checkpoints, at most
+    num_workers: int = min(4, os.cpu_count() or 1)  # data loading workers per process; 0: none
+    log_every: int = 20                      # steps between progress lines
+    eval_every: int = 0                      # steps between evaluations; 0: a fifth of the run
+    checkpoint_every: int = 1000             # steps between checkpoints
+    checkpoint_minutes: float = 10.0         # minutes between checkpoints, at most
 
     def __post_init__(self):
         validate(self, at_least=dict(batch_size=1, steps=1, lr=1e-12, log_every=1,
@@ -150,8 +150,8 @@ def lr_at(step: int, config: TrainConfig) -> float:
 def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     """Biases learn at twice the rate and do not decay."""
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    weights, biases = ([(name, p) for name, p in learned if name.endswith("bias") is is_bias]
-                       for is_bias in (False, True))
+    weights = [(name, p) for name, p in learned if not name.endswith("bias")]
+    biases = [(name, p) for name, p in learned if name.endswith("bias")]
     groups = [{"params": weights, "lr_factor": 1.0, "weight_decay": config.weight_decay},
               {"params": biases, "lr_factor": 2.0, "weight_decay": 0.0}]
     if config.optimizer == "sgd":
@@ -171,7 +171,7 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
 
     No host-device sync.
     """
-    device, (_, world) = microbatches[0].images.device, rank_and_world()
+    device, world = microbatches[0].images.device, rank_and_world()[1]
     dtype = dtype_of(config.precision, device)
 
     # Targets, and the denominators over the global batch.
@@ -207,7 +207,7 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
 # --- checkpoints --------------------------------------------------------------------------------
 
 def save_checkpoint(run: Path, checkpoint: dict):
-    """Write a checkpoint, then delete all but the last two, and what a kill left unfinished."""
+    """Write a checkpoint; delete all but the last two, and partial files of a killed run."""
     path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
     atomic_write(path, lambda file: torch.save(checkpoint, file))
     for old in [*checkpoints_of(run)[2:], *run.glob("checkpoint-*.pt.part")]:
@@ -215,7 +215,7 @@ def save_checkpoint(run: Path, checkpoint: dict):
 
 
 def data_hash(dataset: data.CocoDataset) -> str:
-    """Identifies what a data set teaches."""
+    """A hash of what training reads: file names, image sizes, boxes, labels."""
     digest = hashlib.sha256("".join(dataset.annotations.file_names.tolist()).encode())
     for part in (dataset.annotations.sizes, dataset.first, dataset.boxes, dataset.labels):
         digest.update(part.tobytes())
@@ -233,9 +233,8 @@ def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.C
     load_weights(model, checkpoint["model"], f"{run}: weights do not match this model; {restart}")
     try:  # an optimizer matches its state by position, so the names must be in the same order
         saved = checkpoint["optimizer"]
-        theirs, ours = ([group["param_names"] for group in state["param_groups"]]
-                        for state in (saved, optimizer.state_dict()))
-        if theirs != ours:
+        groups = zip(saved["param_groups"], optimizer.param_groups)
+        if any(theirs["param_names"] != ours["param_names"] for theirs, ours in groups):
             raise ValueError("other parameters")
         optimizer.load_state_dict(saved)
         for p, state in optimizer.state.items():
@@ -248,7 +247,7 @@ def restore(checkpoint: dict, run: Path, model: FCOS, optimizer, dataset: data.C
 
 
 def init_from(model: FCOS, path, names: list[str]):
-    """Take over the weights of another checkpoint, and the class outputs of equal names."""
+    """Load another checkpoint's weights; class outputs are matched by the name of the class."""
     checkpoint, ours = load_checkpoint(path), model.state_dict()
     theirs, their_names = checkpoint["model"], checkpoint["categories"]["names"]
     shared = [name for name in names if name in their_names]
@@ -269,7 +268,7 @@ def init_from(model: FCOS, path, names: list[str]):
 # --- the run ------------------------------------------------------------------------------------
 
 class Run(NamedTuple):
-    """What the steps of a run share."""
+    """What a run sets up before its first step."""
     folder: Path
     config: TrainConfig
     device: torch.device
@@ -283,17 +282,15 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-class NotFinite(UserError):
-    """The loss or the weights of a step are not finite, so they must not be saved."""
-
-    def __init__(self, run: Run, step: int, losses: dict):
-        indices = [request.index for request in run.sampler.global_batch(step)]
-        ids = run.dataset.annotations.image_ids[indices].tolist()
-        terms = "".join(f"{name} {value:g}, " for name, value in losses.items())
-        super().__init__(
-            f"the loss or the weights are not finite at step {step} ({terms}lr "
-            f"{lr_at(step, run.config):g}, images {ids}); look at their boxes, or start a run from "
-            f"the last good weights with a lower --lr: --init-from {run.folder}")
+def not_finite(run: Run, step: int, losses: dict) -> UserError:
+    """The error that ends a run whose loss or weights are inf or NaN after a step."""
+    indices = [request.index for request in run.sampler.global_batch(step)]
+    ids = run.dataset.annotations.image_ids[indices].tolist()
+    terms = "".join(f"{name} {value:g}, " for name, value in losses.items())
+    return UserError(
+        f"the loss or the weights are not finite at step {step} ({terms}lr "
+        f"{lr_at(step, run.config):g}, images {ids}); look at their boxes, or start a run from "
+        f"the last good weights with a lower --lr: --init-from {run.folder}")
 
 
 class Progress:
@@ -306,10 +303,10 @@ class Progress:
         self.unread = deque()  # (step, losses and stop flag, event): may still be on the device
         self.lag = 2 if run.device.type == "cuda" else 0  # reading losses late avoids a sync
         self.stop_at = math.inf
-        self.whole = True  # False while the optimizer changes the weights, until the step counts
-        run.optimizer.register_step_pre_hook(lambda *_: setattr(self, "whole", False))
+        self.savable = True  # False from an update of the weights until its step is counted, and
+        #                      for good once a loss is not finite
+        run.optimizer.register_step_pre_hook(lambda *_: setattr(self, "savable", False))
         self.start = self.saved_at = self.line_at = time.monotonic()
-        self.saved_step = self.step if checkpoint else -1
         self.line_step = self.step  # of the last line
         self.waited = 0.0           # seconds, for data, since the last line
         # Drop what a killed run wrote after its checkpoint.
@@ -331,11 +328,11 @@ class Progress:
             values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
         self.unread.append((self.step, values, event))
-        self.step, self.whole = self.step + 1, True
+        self.step, self.savable = self.step + 1, True
         self.read(self.lag)
 
     def read(self, lag: int):
-        """Look at all losses but the last `lag`; all processes see the same, and stop alike."""
+        """Read all losses but the last `lag`; they are the same in all processes."""
         while len(self.unread) > lag:
             step, values, event = self.unread.popleft()
             if event:
@@ -344,7 +341,8 @@ class Progress:
             if stop:
                 self.stop_at = min(self.stop_at, step + 1 + self.lag)
             if not all(map(math.isfinite, losses)):
-                raise NotFinite(self.run, step, dict(zip(TERMS, losses)))
+                self.savable = False
+                raise not_finite(self.run, step, dict(zip(TERMS, losses)))
             self.losses.append(losses)
 
     def log(self):
@@ -391,25 +389,8 @@ def read_metrics(folder: Path) -> list[dict]:
     return entries
 
 
-def train(config: TrainConfig, folder: Path, device: torch.device, checkpoint: dict | None = None,
-          init_file=None, skip_eval=False):
-    """Train from the start, or from a checkpoint of this folder, to the end, and evaluate."""
-    run = prepare(config, folder, device, checkpoint, init_file, skip_eval)
-    lock(folder, fresh=not checkpoint)
-    progress, stop_signals = Progress(run, checkpoint), catch_signals()
-    save(run, progress)  # from here on the folder is this run's
-    try:
-        loop(run, progress, stop_signals)
-    except NotFinite:
-        raise
-    except Exception:  # such as in loading or in evaluation: keep the steps before it
-        if progress.whole:
-            save(run, progress)
-        raise
-
-
 def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
-    """Data, then model, then what distributes it."""
+    """Set up the data, then the model and the optimizer, then what compiles and distributes."""
     world = rank_and_world()[1]
     dataset = data.open_split(config.data, "train", config.train_split)
     annotations, images = dataset.annotations, dataset.with_boxes()
@@ -460,7 +441,7 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         network.register_comm_hook(None, sum_gradients)
     run = Run(folder, config, device, dataset, validation, categories, sampler, count, model,
               network, optimizer)
-    print_plan(run, checkpoint["step"] if checkpoint else 0)
+    print_plan(run)
     return run
 
 
@@ -497,22 +478,21 @@ def loop(run: Run, progress: Progress, stop_signals: list):
 
 
 def save(run: Run, progress: Progress):
-    """Save a checkpoint of the steps completed, on rank 0, unless there is one already."""
+    """Save a checkpoint of the steps completed, on rank 0."""
     progress.read(lag=0)
     progress.saved_at = time.monotonic()
-    if rank_and_world()[0] > 0 or progress.saved_step == progress.step:
+    if rank_and_world()[0] > 0:
         return
     if not all(p.isfinite().all() for p in run.model.parameters()):
         if progress.step == 0:
             raise UserError("the initial weights are not finite; take others for --init-from or "
                             "--backbone-weights")
-        raise NotFinite(run, progress.step - 1, {})
+        raise not_finite(run, progress.step - 1, {})
     save_checkpoint(run.folder, {
         "format": CHECKPOINT_FORMAT, "step": progress.step, "losses": progress.losses,
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "config": asdict(run.config), "categories": run.categories,
         "data_hash": data_hash(run.dataset)})
-    progress.saved_step = progress.step
 
 
 def evaluate_step(run: Run, progress: Progress):
@@ -522,9 +502,9 @@ def evaluate_step(run: Run, progress: Progress):
     if not run.validation or done or not progress.due(config.eval_every):
         return
     started = time.monotonic()
-    detector = Detector(run.model, run.categories["names"], run.device, config.precision)
+    detector = Detector(run.model, run.categories, run.device, config.precision)
     metrics = evaluate.evaluate(
-        detector, run.validation, run.categories["ids"],
+        detector, run.validation,
         run.folder if step == config.steps else None,  # full report only at the end
         batch_size=min(8, config.batch_size // (rank_and_world()[1] * run.microbatches)),
         num_workers=config.num_workers)
@@ -564,8 +544,8 @@ def count_microbatches(config: TrainConfig, world: int) -> int:
     return next(n for n in range(1, images + 1) if images % n == 0 and images // n <= largest)
 
 
-def print_plan(run: Run, step: int):
-    """What is about to happen, and whether any location learns anything."""
+def print_plan(run: Run):
+    """Print what will be trained; refuse data whose boxes are assigned to no location."""
     config, world = run.config, rank_and_world()[1]
     device = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
               f"CPU ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})")
@@ -586,17 +566,13 @@ def print_plan(run: Run, step: int):
     if without == boxes:
         raise UserError("no box is assigned to any location, so there is nothing to train on; "
                         "raise --center-radius or --train-short-sides")
-    if step:
-        print0(f"{run.folder}: " + (
-            "finished, nothing left to train; --init-from starts a longer run"
-            if step == config.steps else f"going on from step {step}"))
 
 
-def count_without_location(dataset: data.CocoDataset, config: TrainConfig, most=200):
-    """Of the boxes in up to `most` images, how many no location would learn: (count, boxes)."""
+def count_without_location(dataset: data.CocoDataset, config: TrainConfig):
+    """How many boxes are assigned to no location, and how many there are, in up to 200 images."""
     without = total = 0
     images = dataset.with_boxes()
-    for i in images[np.linspace(0, len(images) - 1, min(most, len(images)), dtype=int)]:
+    for i in images[np.linspace(0, len(images) - 1, min(200, len(images)), dtype=int)]:
         h0, w0 = dataset.annotations.sizes[i].tolist()
         short_side = sum(config.train_short_sides) // 2
         h, w = data.resized(h0, w0, short_side, config.model.long_side, config.model.enlarge)
@@ -632,12 +608,11 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.preset not in (None, name):
         parser.error(f"name the preset first: {args.preset}")
-    given = {key: tuple(value) if type(value) is list else value
-             for key, value in vars(args).items()}
-    of_training, of_model = ({f.name: given[f.name] for f in fields(owner) if f.name in given}
-                             for owner in (config, config.model))
-    args.changed = of_training | of_model
-    args.config = replace(config, **of_training, model=replace(config.model, **of_model))
+    options = {key: tuple(x) if type(x) is list else x for key, x in vars(args).items()}
+    training = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options}
+    model = {f.name: options[f.name] for f in fields(ModelConfig) if f.name in options}
+    args.changed = training | model
+    args.config = replace(config, **training, model=replace(config.model, **model))
     args.run_dir = Path(args.run_dir or f"runs/{name}")
     return args
 
@@ -678,6 +653,9 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
         values = checkpoint["config"] | {"model": ModelConfig(**checkpoint["config"]["model"])}
         config = config_from_dict(TrainConfig, values, folder)
         may_change = {name: x for name, x in args.changed.items() if name in MAY_CHANGE}
+        print0(f"{folder}: " + (
+            "finished, nothing left to train; --init-from starts a longer run"
+            if checkpoint["step"] == config.steps else f"resuming from step {checkpoint['step']}"))
         return replace(config, **may_change), checkpoint
     refuse_to_overwrite(folder)
     config = args.config
@@ -692,8 +670,8 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
 
 def refuse_to_overwrite(folder: Path):
     if checkpoints_of(folder):
-        raise UserError(f"{folder} holds a run; go on with it (make resume RUN={folder}), choose "
-                        "another folder (RUN=...), or delete it")
+        raise UserError(f"{folder} already holds a run; resume it (make resume RUN={folder}), "
+                        "choose another folder (RUN=...), or delete it")
 
 
 def lock(folder: Path, fresh: bool):
@@ -703,7 +681,7 @@ def lock(folder: Path, fresh: bool):
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{folder}: another process is training here; choose another folder "
                             "with RUN=... (--run-dir)") from None
         if fresh:
@@ -719,7 +697,17 @@ def main():
     device = evaluate.init_distributed()
     torch.backends.cudnn.benchmark = True  # few canvases, so autotuning pays off
     config, checkpoint = load_run(args)
-    train(config, args.run_dir, device, checkpoint, args.init_from, args.skip_eval)
+    run = prepare(config, args.run_dir, device, checkpoint, args.init_from, args.skip_eval)
+    lock(run.folder, fresh=not checkpoint)
+    progress, stop_signals = Progress(run, checkpoint), catch_signals()
+    if not checkpoint:
+        save(run, progress)  # from here on the folder is this run's
+    try:
+        loop(run, progress, stop_signals)
+    except Exception:  # in loading or evaluation, for example: keep the completed steps
+        if progress.savable:
+            save(run, progress)
+        raise
 
 
 if __name__ == "__main__":

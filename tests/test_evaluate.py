@@ -27,6 +27,7 @@ from model import CHECKPOINT_FORMAT, FCOS, ModelConfig
 
 SMALL = ModelConfig(num_classes=3, backbone="resnet18", backbone_norm="group", channels=16,
                     tower_depth=1, short_side=64, long_side=128, score_threshold=0.0)
+CATEGORIES = {"ids": [1, 2, 3], "names": list(SHAPES)}
 
 
 def main(*options):
@@ -46,7 +47,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    return Detector(FCOS(SMALL), SHAPES, "cpu", "fp32")
+    return Detector(FCOS(SMALL), CATEGORIES, "cpu", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def checkpoint(shapes, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "model.pt"
     torch.save({"format": CHECKPOINT_FORMAT, "step": 0, "model": FCOS(SMALL).state_dict(),
                 "config": asdict(train.TrainConfig(model=SMALL, data=str(shapes))),
-                "categories": {"ids": [1, 2, 3], "names": list(SHAPES)}}, path)
+                "categories": CATEGORIES}, path)
     return path
 
 
@@ -78,7 +79,7 @@ def truth_as_detections(a):
 
 
 def metrics_of(a, results):
-    return evaluate.coco_metrics(evaluate.coco_evaluation(a, results), a, results)
+    return evaluate.coco_metrics(a, results)
 
 
 def with_scores(results, scores):
@@ -172,13 +173,23 @@ def test_a_missed_class_and_an_absent_size_are_explained(shapes):
     assert "AP large is -1: no true box is larger than 96 x 96 pixels" in sentences
     assert "AP is 0, as the class was never detected: ellipse" in sentences
     sentences = explained(a, [row | {"bbox": [1000, 1000, 9, 9]} for row in truth])
-    assert "have an IoU below 0.5 or another class: rectangle, ellipse, triangle" in sentences
+    assert ("AP is 0, as none of its detections matches a true box at IoU 0.5: rectangle, ellipse, "
+            "triangle") in sentences
+
+
+def test_the_table_shows_the_best_and_worst_classes_that_have_boxes(capsys):
+    classes = [dict(name=f"c{i}", AP=i / 10 if i < 4 else -1.0, AP50=0, boxes=1, detections=1)
+               for i in range(7)]
+    figures = dict.fromkeys(evaluate.FIGURES, 0.5)
+    evaluate.print_metrics({"figures": figures, "classes": classes}, shown=1)
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1] == "c"]
+    assert [row[:2] for row in table] == [["class", "AP"], ["c3", "0.300"], ["c0", "0.000"]]
 
 
 def test_other_categories_than_the_detectors_are_refused_by_name(shapes, tmp_path, detector):
     dataset = changed(shapes, tmp_path, lambda c: c["categories"][1].update(name="oval"))
     with pytest.raises(UserError, match="2 'ellipse' is only there, 2 'oval' is only here"):
-        evaluate.evaluate(detector, dataset, [1, 2, 3])
+        evaluate.evaluate(detector, dataset)
 
 
 # --- every image counts once --------------------------------------------------------------------
@@ -194,7 +205,8 @@ class WholeImages(Detector):
 @pytest.mark.parametrize("tta", [False, True])
 def test_every_image_is_detected_once_in_its_own_pixels(shapes, tta):
     dataset = val_of(shapes)
-    a, fake = dataset.annotations, WholeImages(FCOS(replace(SMALL, short_side=50)), SHAPES, "cpu")
+    a, model = dataset.annotations, FCOS(replace(SMALL, short_side=50))
+    fake = WholeImages(model, CATEGORIES, "cpu")
     results = evaluate.detect_all(fake, dataset, batch_size=4, tta=tta)
     results.sort(key=lambda row: row["image_id"])
     assert [row["image_id"] for row in results] == sorted(a.image_ids.tolist())
@@ -272,7 +284,7 @@ def test_inclusive_boxes_end_a_pixel_later_inside_the_image(detector):
     boxes = torch.tensor([[[10.0, 10, 20, 20], [50, 50, 64, 63]]])
     assert detector.to_image(boxes, (64, 64), (128, 192)).tolist() == [
         [[30, 20, 60, 40], [150, 100, 192, 126]]]
-    inclusive = Detector(FCOS(replace(SMALL, inclusive_boxes=True)), SHAPES, "cpu", "fp32")
+    inclusive = Detector(FCOS(replace(SMALL, inclusive_boxes=True)), CATEGORIES, "cpu", "fp32")
     assert inclusive.to_image(boxes, (64, 64), (128, 192)).tolist() == [
         [[30, 20, 61, 41], [150, 100, 192, 127]]]
 
@@ -290,7 +302,7 @@ class Bright(Detector):
 def test_test_time_augmentation_brings_every_size_and_flip_back_to_the_image():
     image = np.zeros((60, 90, 3), np.uint8)
     image[10:40, 20:40] = 255
-    bright = Bright(FCOS(SMALL), SHAPES, "cpu", "fp32")
+    bright = Bright(FCOS(SMALL), CATEGORIES, "cpu", "fp32")
     ((plain, _, _),), ((box, score, name),) = bright(image), bright(image, tta=True)
     assert plain == pytest.approx([20, 10, 40, 40], abs=1)
     assert box == pytest.approx(plain, abs=2) and (score, name) == (1, "rectangle")

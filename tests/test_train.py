@@ -213,7 +213,7 @@ def test_torchrun_restarts_after_a_kill_and_passes_sigterm_on(dataset, tmp_path)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)],
                               capture_output=True, text=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
-    wait_for(lambda: "going on from step" in log.read_text())
+    wait_for(lambda: "resuming from step" in log.read_text())
     step = load_checkpoint(run)["step"]
     wait_for(lambda: checkpoints_of(run)[0].stem > f"checkpoint-{step:07d}")
     torchrun.send_signal(signal.SIGTERM)
@@ -388,7 +388,7 @@ def test_a_finished_run_says_so_and_another_never_overwrites_it(
     before = metrics_of(uninterrupted)
     main("--resume", "--run-dir", uninterrupted)
     assert "finished, nothing left to train; --init-from" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds a run; go on with it .make resume RUN="):
+    with pytest.raises(UserError, match="holds a run; resume it .make resume RUN="):
         main(*TINY, "--data", dataset, "--run-dir", uninterrupted)
     assert metrics_of(uninterrupted) == before
 

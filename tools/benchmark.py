@@ -340,7 +340,8 @@ def inference(device="cpu", height=800, width=1216):
     config, weights = convert(torchvision_fcos(height, width).state_dict(), "torchvision", "")
     model = FCOS(config)
     model.load_state_dict(weights)
-    detector = Detector(model, [f"class {c}" for c in range(C)], device)
+    categories = {"ids": list(range(C)), "names": [f"class {c}" for c in range(C)]}
+    detector = Detector(model, categories, device)
     ours = lambda: detector.detect_batch(image, size)[0].boxes  # noqa: E731
     peers = torchvision_sides(build, height, width, device)
     found = [len(run()) for run in (ours, *peers.values())]
