@@ -30,6 +30,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
@@ -37,8 +38,9 @@ import csrc
 from assign import STRIDES, Locations
 from data import UserError
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
-             "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
+BACKBONES = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+             "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2",
+             "wide_resnet101_2")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ModelConfig:
     """All that is needed to rebuild a detector and run it. Defaults: FCOS as first published."""
     num_classes: int = 80                    # as many as the data set has
     # network
-    backbone: Literal[BACKBONES] = "resnet50"   # from torchvision
+    backbone: Literal[BACKBONES] = "resnet50"   # torchvision's
     backbone_norm: Literal["frozen_batch", "group"] = "frozen_batch"  # group: without pretraining
     stride_in_1x1: bool = False              # bottlenecks downsample in their 1x1 conv (Caffe)
     frozen_stages: int = 2                   # 0: none, 1: stem, 2: stem and layer1, ...
@@ -143,13 +145,16 @@ class Backbone(nn.Module):
             norm_layer = FrozenNorm
         else:  # groups of 16 channels (arXiv:1803.08494, Sec. 4.1)
             norm_layer = lambda channels: nn.GroupNorm(channels // 16, channels)  # noqa: E731
-        body = torchvision.models.get_model(config.backbone, norm_layer=norm_layer)
+        if config.backbone == "resnet10":  # a block in each stage; torchvision begins with 18
+            body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+        else:
+            body = torchvision.models.get_model(config.backbone, norm_layer=norm_layer)
         self.channels = [body.fc.in_features // n for n in (4, 2, 1)]  # of C3, C4, C5
         del body.fc, body.avgpool
-        load_backbone_weights(body, config.backbone, weights)
+        load_backbone_weights(body, config, weights)
         if config.stride_in_1x1:
             for block in (body.layer2[0], body.layer3[0], body.layer4[0]):
-                if hasattr(block, "conv3"):  # ResNet-18 and 34 have no bottlenecks
+                if hasattr(block, "conv3"):  # small ResNets have no bottlenecks
                     block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
         stem = nn.ModuleList([body.conv1, body.bn1])
         stages = (stem, body.layer1, body.layer2, body.layer3, body.layer4)
@@ -165,11 +170,15 @@ class Backbone(nn.Module):
         return c3, c4, b.layer4(c4)               # stride 32
 
 
-def load_backbone_weights(body: nn.Module, name: str, weights: str):
+def load_backbone_weights(body: nn.Module, config: ModelConfig, weights: str):
     """Load a classifier's weights. `weights`: "none", "imagenet", or a state dict file."""
     if weights == "none":
         return
+    name = config.backbone
     if weights == "imagenet":
+        if name == "resnet10" or config.backbone_norm == "group":
+            raise UserError(f"no ImageNet weights are published of a {name} with "
+                            f"{config.backbone_norm} norms; use --backbone-weights none")
         state = download(torchvision.models.get_model_weights(name).IMAGENET1K_V1,
                          "pass it with --backbone-weights FILE, or train with --backbone-weights "
                          "none")
@@ -361,15 +370,16 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     best, location = best.topk(k, sorted=False)                                    # (N, S, k)
     location = (location + locations.first[:, None]).clamp(max=L - 1).flatten(1)   # (N, S*k)
 
-    image = torch.arange(N, device=location.device)[:, None]                       # (N, 1)
-    logits, centerness = outputs.logits[image, location], centerness[image, location]
-    scores = final_scores(logits, centerness, config)
+    def at(x, location):
+        return x.gather(1, location[..., None].expand(-1, -1, x.shape[2]))
+
+    scores = final_scores(at(outputs.logits, location), at(centerness, location), config)
     scores = scores * (best >= 0).view(N, -1, 1)                                   # (N, S*k, C)
     scores, index = scores.view(N, S, k * C).topk(k)                               # (N, S, k)
     scores, labels = scores.flatten(1), (index % C).flatten(1)                     # (N, K)
     location = location.view(N, S, k).gather(2, index // C).flatten(1)             # (N, K)
 
-    ltrb = outputs.ltrb[image, location]                                           # (N, K, 4)
+    ltrb = at(outputs.ltrb, location)                                              # (N, K, 4)
     xy = evenly_spaced(locations) if config.location_spacing == "even" else locations.xy
     xy = xy[location]                                                              # (N, K, 2)
     corners = torch.stack([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=2)         # (N, K, 2, 2)

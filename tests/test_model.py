@@ -371,6 +371,9 @@ def test_backbone_weights_are_those_of_torchvision_s_classifier_or_refused(tmp_p
     with pytest.raises(UserError, match="resnet18.pth is not the weights of a resnet50") as error:
         our.Backbone(ModelConfig(), file)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    for config in (ModelConfig(backbone="resnet10"), ModelConfig(backbone_norm="group")):
+        with pytest.raises(UserError, match="no ImageNet weights .+ --backbone-weights none"):
+            our.Backbone(config, "imagenet")
 
 
 def test_without_network_imagenet_weights_say_what_to_do(monkeypatch):
