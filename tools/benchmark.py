@@ -30,8 +30,9 @@ none is in the L2 cache. On a GPU machine, in this order, with what has to hold 
     python evaluate.py runs/gpu_coco
 
 To try there: in `train.prepare`, add "combo_kernels": True to the options of torch.compile, which
-makes 322 Triton kernels of the 680 of a step; a fused GroupNorm + ReLU, if the profile of a step
-gives GroupNorm more than 8 %.
+makes 322 Triton kernels of the 680 of a step; in `evaluate.Detector`, torch.cudnn_convolution_relu
+and torch.cudnn_convolution_add_relu for the backbone, which spare 114 of an image's 523 kernels; a
+fused GroupNorm + ReLU, if the profile of a step gives GroupNorm more than 8 %.
 
 Letters: N images, G boxes of an image, L locations, C classes, R rows, K boxes.
 """
