@@ -428,11 +428,12 @@ def load_image(path, apply_exif=False) -> Tensor:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its EXIF note says; as it is where the note cannot be read."""
+    """Turn an image as its EXIF note says; leave it as it is where the note cannot be read."""
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # whatever a damaged note makes Pillow raise
-        return image
+        pass
+    return image
 
 
 def as_rgb(image: Image.Image) -> Tensor:

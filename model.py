@@ -48,7 +48,7 @@ class ModelConfig:
     """All that is needed to rebuild a detector and run it. Defaults: FCOS as first published."""
     num_classes: int = 80                    # as many as the data set has
     # network
-    backbone: Literal[BACKBONES] = "resnet50"   # torchvision's
+    backbone: Literal[BACKBONES] = "resnet50"   # a ResNet; resnet10: one block a stage
     backbone_norm: Literal["frozen_batch", "group"] = "frozen_batch"  # group: without pretraining
     stride_in_1x1: bool = False              # bottlenecks downsample in their 1x1 conv (Caffe)
     frozen_stages: int = 2                   # 0: none, 1: stem, 2: stem and layer1, ...

@@ -94,7 +94,7 @@ def test_a_frozen_norm_is_torchvision_s_in_place_and_in_the_precision_of_its_inp
     x = torch.randn(2, 8, 4, 4).to(dtype)
     expected = theirs(x)
     assert norm(x) is x and x.dtype == dtype
-    rounded_twice = {"atol": 0.03, "rtol": 0} if dtype == torch.bfloat16 else {}
+    rounded_twice = {"atol": 0.1, "rtol": 0} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(x, expected.to(dtype), **rounded_twice)
 
 

@@ -28,10 +28,11 @@ none is in the L2 cache. On a GPU machine, in this order, with what has to hold 
         --steps 500 --backbone-weights none --run-dir runs/gpu_coco
     python train.py --resume --run-dir runs/gpu_coco                # from where it was stopped
     python evaluate.py runs/gpu_coco
+    make bench                                       # rows into the README, with the card's name
 
 To try there: in `train.prepare`, add "combo_kernels": True to the options of torch.compile, which
 makes 322 Triton kernels of the 680 of a step; in `evaluate.Detector`, torch.cudnn_convolution_relu
-and torch.cudnn_convolution_add_relu for the backbone, which spare 114 of an image's 523 kernels; a
+and torch.cudnn_convolution_add_relu for the backbone, which would spare 114 of an image's 523; a
 fused GroupNorm + ReLU, if the profile of a step gives GroupNorm more than 8 %.
 
 Letters: N images, G boxes of an image, L locations, C classes, R rows, K boxes.

@@ -20,12 +20,12 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
-from data import UserError, read_annotations  # noqa: E402
+from data import UserError, read_annotations, upright  # noqa: E402
 from model import atomic_write  # noqa: E402
 
 
@@ -38,15 +38,6 @@ def read_text(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except UnicodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}); save it in that encoding") from None
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its EXIF note says; as it is where the note cannot be read."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # whatever a damaged note makes Pillow raise
-        pass
-    return image
 
 
 def find_files(src: Path):
