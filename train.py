@@ -110,6 +110,8 @@ ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower
                 "centerness_on_box_tower", "box_unit", "location_offset", "sqrt_score",
                 "pixel_mean", "pixel_std")
 TERMS = ("cls", "box", "centerness")  # of the loss
+# Keep channels_last through every GroupNorm, and fuse its backward pass.
+COMPILE_OPTIONS = {"force_layout_optimization": True, "realize_opcount_threshold": 100}
 
 base = TrainConfig()
 center = replace(base, center_radius=1.5)
@@ -432,8 +434,8 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         print0(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
                f"the first {len(first)} steps")
         torch._dynamo.config.recompile_limit = 64
-        # Once for every canvas; the option keeps channels_last through every GroupNorm.
-        network = torch.compile(network, dynamic=False, options={"force_layout_optimization": True})
+        # once for every canvas
+        network = torch.compile(network, dynamic=False, options=COMPILE_OPTIONS)
     if world > 1:
         network = DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,

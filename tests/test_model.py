@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -96,6 +97,14 @@ def test_a_frozen_norm_is_torchvision_s_in_place_and_in_the_precision_of_its_inp
     assert norm(x) is x and x.dtype == dtype
     rounded_twice = {"atol": 0.1, "rtol": 0} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(x, expected.to(dtype), **rounded_twice)
+
+
+def test_a_group_norm_keeps_bfloat16_where_autocast_makes_it_float32(monkeypatch):
+    group_norm, x = F.group_norm, torch.randn(2, 16, 4, 4).bfloat16()
+    monkeypatch.setattr(F, "group_norm", lambda x, *args: group_norm(x.float(), *args))  # a GPU's
+    norm = our.GroupNorm(2, 16)
+    assert norm(x).dtype == torch.bfloat16 and norm(x.float()).dtype == torch.float32
+    assert torch.equal(norm(x), group_norm(x.float(), 2).bfloat16())
 
 
 def test_folded_norms_equal_unfolded_ones():

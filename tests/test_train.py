@@ -509,6 +509,10 @@ def test_the_learning_rate_follows_its_schedule(config, rates):
         assert train.lr_at(step, config) == pytest.approx(lr)
 
 
+def test_this_pytorch_knows_the_compile_options():
+    torch.compile(torch.nn.Identity(), options=train.COMPILE_OPTIONS)  # raises on an unknown one
+
+
 def test_biases_learn_twice_as_fast_and_do_not_decay():
     config = PRESETS["demo"]
     model = FCOS(replace(config.model, channels=8))

@@ -30,10 +30,10 @@ none is in the L2 cache. On a GPU machine, in this order, with what has to hold 
     python evaluate.py runs/gpu_coco
     make bench                                       # rows into the README, with the card's name
 
-To try there: in `train.prepare`, add "combo_kernels": True to the options of torch.compile, which
-makes 322 Triton kernels of the 680 of a step; in `evaluate.Detector`, torch.cudnn_convolution_relu
-and torch.cudnn_convolution_add_relu for the backbone, which would spare 114 of an image's 523; a
-fused GroupNorm + ReLU, if the profile of a step gives GroupNorm more than 8 %.
+To try there: in `train.COMPILE_OPTIONS`, "combo_kernels": True, which makes about half of the 672
+Triton kernels of a step; in `evaluate.Detector`, torch.cudnn_convolution_relu and
+torch.cudnn_convolution_add_relu for the backbone, which would spare 114 of an image's 523; a fused
+GroupNorm + ReLU, if the profile of a step gives GroupNorm more than 8 %.
 
 Letters: N images, G boxes of an image, L locations, C classes, R rows, K boxes.
 """
@@ -78,7 +78,7 @@ from assign import assign_targets, make_locations  # noqa: E402
 from evaluate import Detector, dtype_of, run_program  # noqa: E402
 from import_weights import convert  # noqa: E402
 from model import FCOS  # noqa: E402
-from train import PRESETS, prepare, training_step  # noqa: E402
+from train import COMPILE_OPTIONS, PRESETS, prepare, training_step  # noqa: E402
 
 C = 80
 LR = 1e-6             # dozens of steps on one batch leave the network as it was
@@ -422,14 +422,13 @@ def training(device="cpu", N=2, height=512, width=672, steps=1):
 def profile(N=16, height=800, width=1333):
     """A training step on a GPU with two settings off and on, and the kernels that it launches."""
     run, batch = prepare_step("cuda", N, height, width)
-    for autotuned, layout in product((False, True), repeat=2):
+    for autotuned, options in product((False, True), (None, COMPILE_OPTIONS)):
         torch.backends.cudnn.benchmark = autotuned
         torch.compiler.reset()
-        network = torch.compile(run.model, dynamic=False,
-                                options={"force_layout_optimization": layout})
+        network = torch.compile(run.model, dynamic=False, options=options)
         step = partial(training_step, network, run.optimizer, [batch.to("cuda")], LR, run.config)
         times = take_turns({"step": step}, seconds=5, device="cuda")["step"]
-        report(f"a step, cudnn.benchmark {autotuned}, layout {layout}", "ms", times)
+        report(f"a step, cudnn.benchmark {autotuned}, options {bool(options)}", "ms", times)
     with torch.profiler.profile() as profiler:
         step()
     print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40,
