@@ -147,6 +147,13 @@ def lr_at(step: int, config: TrainConfig) -> float:
     return config.lr * 0.1 ** sum(step >= round(config.steps * part) for part in (2 / 3, 8 / 9))
 
 
+def make_sampler(config: TrainConfig, sizes, images) -> data.TrainSampler:
+    """What each step sees of the chosen `images` of a split; `sizes` (I, 2) are of all."""
+    return data.TrainSampler(
+        sizes, images, config.batch_size, config.seed, config.train_short_sides,
+        config.model.long_side, config.model.enlarge, config.flip, config.canvas_sides)
+
+
 # --- one step -----------------------------------------------------------------------------------
 
 def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
@@ -412,9 +419,7 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         data=os.path.abspath(config.data),  # usable from another folder
         model=replace(config.model, num_classes=len(categories["ids"])))
     count = count_microbatches(config, world)
-    sampler = data.TrainSampler(
-        annotations.sizes, images, config.batch_size, config.seed, config.train_short_sides,
-        config.model.long_side, config.model.enlarge, config.flip, config.canvas_sides)
+    sampler = make_sampler(config, annotations.sizes, images)
 
     torch.manual_seed(config.seed)
     model = FCOS(config.model, config.backbone_weights if not checkpoint else "none")

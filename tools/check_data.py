@@ -20,6 +20,7 @@ import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -257,9 +258,7 @@ def describe(dataset: CocoDataset):
 def draw_batches(dataset: CocoDataset, images, config: train.TrainConfig, path):
     """Draw three batches of `images` as the network sees them in training (black: padding)."""
     a, tiles = dataset.annotations, []
-    sampler = data.TrainSampler(
-        a.sizes, images, 4, config.seed, config.train_short_sides, config.model.long_side,
-        config.model.enlarge, config.flip, config.canvas_sides)
+    sampler = train.make_sampler(replace(config, batch_size=4), a.sizes, images)
     for step in range(3):
         batch = dataset.load(sampler.global_batch(step))
         for i, image, boxes, labels in zip(batch.indices, batch.images,

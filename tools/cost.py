@@ -17,10 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from assign import make_locations  # noqa: E402
-from data import TrainSampler  # noqa: E402
 from evaluate import run_program  # noqa: E402
 from model import FCOS  # noqa: E402
-from train import PRESETS  # noqa: E402
+from train import PRESETS, make_sampler  # noqa: E402
 
 MIB = 2**20  # bytes
 
@@ -68,9 +67,7 @@ def print_canvases(config, steps=2000):
     sizes = np.stack([random.choice((480, 427, 375, 333), 5000),
                       random.choice((640, 612, 500), 5000)], axis=1)
     sizes[:1500] = sizes[:1500, ::-1]  # tall
-    sampler = TrainSampler(sizes, np.arange(len(sizes)), config.batch_size, config.seed,
-                           config.train_short_sides, config.model.long_side, config.model.enlarge,
-                           config.flip, config.canvas_sides)
+    sampler = make_sampler(config, sizes, np.arange(len(sizes)))
     shapes = sorted({sampler.global_batch(step)[0].canvas for step in range(steps)})
     print(f"{steps:,} steps on images of COCO's usual sizes meet {len(shapes)} canvas shapes:",
           ", ".join(f"{h} x {w}" for h, w in shapes[:12]), "..." if len(shapes) > 12 else "")
