@@ -136,6 +136,13 @@ class FrozenNorm(FrozenBatchNorm2d):
         return x.mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Returns the dtype of its input; autocast makes it float32, twice the memory traffic."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
 class Backbone(nn.Module):
     """A torchvision ResNet up to C3, C4, C5 (stride 8, 16, 32)."""
 
@@ -144,7 +151,7 @@ class Backbone(nn.Module):
         if config.backbone_norm == "frozen_batch":
             norm_layer = FrozenNorm
         else:  # groups of 16 channels (arXiv:1803.08494, Sec. 4.1)
-            norm_layer = lambda channels: nn.GroupNorm(channels // 16, channels)  # noqa: E731
+            norm_layer = lambda channels: GroupNorm(channels // 16, channels)  # noqa: E731
         if config.backbone == "resnet10":  # a block in each stage; torchvision begins with 18
             body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
         else:
@@ -222,13 +229,6 @@ def upsample(x: Tensor, shape) -> Tensor:
     N, C, H, W = x.shape
     x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(N, C, 2 * H, 2 * W)
     return x[:, :, :shape[2], :shape[3]]
-
-
-class GroupNorm(nn.GroupNorm):
-    """Returns the dtype of its input; autocast makes it float32, twice the memory traffic."""
-
-    def forward(self, x):
-        return super().forward(x).to(x.dtype)
 
 
 class Head(nn.Module):
