@@ -137,7 +137,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Returns the dtype of its input; autocast makes it float32, twice the memory traffic."""
+    """Returns the dtype of its input. On a GPU, autocast would return float32: twice the memory."""
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)
