@@ -96,7 +96,7 @@ export: $(READY)
 	$(PYTHON) tools/export.py $(CHOSEN) $(ARGS)
 
 test: $(READY)
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q tests -o tmp_path_retention_policy=failed
 
 test-gpu: $(READY)
 	$(PYTHON) -m pytest -q tests/test_csrc.py tests/test_model.py -rs
