@@ -231,15 +231,15 @@ class TrainSampler:
     An epoch is a permutation of the images, tall before wide so that batches need little padding,
     cut into batches, which are shuffled. Images drawn at random fill the last one.
     """
-    sizes: np.ndarray                          # (I, 2) heights and widths of the split
-    images: np.ndarray                         # indices of the images to train on
+    sizes: np.ndarray             # (I, 2) heights and widths of the split
+    images: np.ndarray            # indices of the images to train on
     batch_size: int
     seed: int
-    short_sides: tuple[int, int] = (800, 800)  # pixels; smallest and largest short side
-    long_side: int = 1333                      # pixels
-    enlarge: bool = True
-    flip: float = 0.5                          # probability of a horizontal flip
-    canvas_sides: int = 0                      # how many padded lengths may occur; 0: any
+    short_sides: tuple[int, int]  # pixels; smallest and largest short side
+    long_side: int                # pixels
+    enlarge: bool
+    flip: float                   # probability of a horizontal flip
+    canvas_sides: int             # how many padded lengths may occur; 0: any
 
     def __post_init__(self):
         largest = [resized(h, w, self.short_sides[1], self.long_side, self.enlarge)

@@ -233,7 +233,8 @@ SIZES = np.random.default_rng(1).integers(40, 200, (53, 2))
 
 def sampler(**changes):
     return TrainSampler(**dict(sizes=SIZES, images=np.arange(3, 53), batch_size=8, seed=5,
-                               short_sides=(64, 80), long_side=133) | changes)
+                               short_sides=(64, 80), long_side=133, enlarge=True, flip=0.5,
+                               canvas_sides=0) | changes)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -265,7 +266,7 @@ def test_an_epoch_sees_every_image_and_few_twice():
 
 def test_the_only_tall_image_is_shown_as_often_as_the_wide_ones():
     sizes = np.array([[64, 48]] + [[48, 64]] * 292)
-    s = TrainSampler(sizes, np.arange(293), 16, seed=0, short_sides=(64, 64), long_side=133)
+    s = sampler(sizes=sizes, images=np.arange(293), batch_size=16, short_sides=(64, 64))
     shown = np.bincount([r.index for step in range(50 * s.batches_per_epoch)
                          for r in s.global_batch(step)])
     assert shown.min() >= 50 and shown.max() < 62  # 51.9 on average

@@ -114,9 +114,10 @@ def finished(uninterrupted):
 @pytest.mark.parametrize("world, microbatch", [(1, 2), (2, 2)])
 def test_processes_and_microbatches_change_neither_losses_nor_weights(
         dataset, uninterrupted, finished, tmp_path, world, microbatch):
-    sampler = data.TrainSampler(  # the images of a whole process have no positive location
-        *(lambda d: (d.annotations.sizes, d.with_boxes()))(data.open_split(dataset, "train")), 8, 0,
-        (64, 64), 440, False)
+    split = data.open_split(dataset, "train")
+    sampler = train.make_sampler(train.parse_arguments(TINY).config, split.annotations.sizes,
+                                 split.with_boxes())
+    # the images of a whole process have no positive location
     empty = [all(request.index % 3 != 2 for request in batch)
              for batch in data.microbatches(sampler, range(12), 1, rank=1, world=2)]
     assert 0 < sum(empty) < 12
