@@ -121,7 +121,7 @@ two_x = dict(steps=180_000, train_short_sides=(640, 800))
 # Small enough for two CPU cores: GroupNorm and AdamW, to learn from random weights.
 demo = replace(
     giou, backbone_weights="none", batch_size=4, steps=2100, epochs=16, optimizer="adamw", lr=7e-4,
-    weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=10.0, compile="off",
+    weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=2.0, compile="off",
     train_short_sides=(224, 288), canvas_sides=0, num_workers=0,
     model=ModelConfig(backbone="resnet10", backbone_norm="group", frozen_stages=0, channels=64,
                       tower_depth=2, short_side=280, long_side=440, enlarge=False, **IMPROVED))
