@@ -49,6 +49,9 @@ NO_RUN = $(error no run in runs/ yet: make train first, or name one with RUN=...
 CHOSEN = $(call quote,$(or $(WEIGHTS),$(RUN),$(LAST),$(NO_RUN)))
 FOLDER = $(call quote,$(or $(DATA),$(error name a COCO-format folder: DATA=...)))
 
+# Passing tests leave no files: one run would leave 1 GB, and pytest keeps three.
+PYTEST = $(PYTHON) -m pytest -q -o tmp_path_retention_policy=failed
+
 .PHONY: help train resume eval predict check plots export test test-gpu bench clean distclean
 help:
 	@echo "make train    train MODEL on DATA into RUN, then evaluate (default: demo, generated data)"
@@ -96,10 +99,10 @@ export: $(READY)
 	$(PYTHON) tools/export.py $(CHOSEN) $(ARGS)
 
 test: $(READY)
-	$(PYTHON) -m pytest -q tests -o tmp_path_retention_policy=failed
+	$(PYTEST) tests
 
 test-gpu: $(READY)
-	$(PYTHON) -m pytest -q tests/test_csrc.py tests/test_model.py -rs
+	$(PYTEST) tests/test_csrc.py tests/test_model.py -rs
 
 bench: $(READY)
 	$(PYTHON) tools/benchmark.py $(ARGS)
