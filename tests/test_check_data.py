@@ -235,38 +235,35 @@ def test_yolo_folders_become_coco(tmp_path, layout, beside, names):
         converted(tmp_path / "yolo", out)
 
 
-YAML = {  # what is written: the names, or the line that is refused
-    "names: [a b, 'C #', \"d's\",\n  e,]  # f\n\n# g\nnc: 4": ["a b", "C #", "d's", "e"],
-    "nc: 2\nnames:  # all\n# none\n\n- 'C #'\n- b c # d\n# e": ["C #", "b c"],
-    "\ufeffnames:\n    0: \"a, b\"\n    1: it's\n": ["a, b", "it's"],
-    "names:\n- a, b\n- c": "- a, b",
-    "names:\n- car [big]": "- car [big]",
-    "names: ['dog''s', c]": "names: ['dog''s', c]",
-    'names: {"0": "a", "1": "b"}': 'names: {"0": "a", "1": "b"}',
-    "names:\n  0: a, b": "  0: a, b",
-    "names:\n- a\n  - b": "  - b",
-    "names:\n- a\n  b": "  b",
-    "names:\n  0: a\n  0: b": "  0: b",
-    'names: ["a\\n", b]': "names: [",
-    "names: [a,\n\n  b\n  c]": "names: [a,",
-    "names: []": "names: []",
-    "names:\n": "names:",
-    "{names: [a, b]}": "{names: [a, b]}",
-    "names:\n- a\nb": "b",
-    "names: [a]\nnc: 2": "nc: 2",
-    "names: [a]\nnames: [b]": "names: [b]",
-    "names: [" + 99 * "a , " + "!]": "names: [a , ",
+YAML = {  # what is written: the names; none: it is refused
+    "names: [a b, 'C',  \"d-1\",\n  e,]  # f\n\n# g\nnc: 4": ["a b", "C", "d-1", "e"],
+    "nc: 2\nnames:  # all\n# none\n\n- 'C'\n- b c # d\n# e\npath: x": ["C", "b c"],
+    "\ufeffnames:\n    0: \"a\"\n    1: b/c (d)\nnc: 2": ["a", "b/c (d)"],
+    "train: images": [],
+    "names:\n- a, b\n- c": None,
+    "names:\n- 'C #'": None,
+    "names:\n- car [big]": None,
+    "names: ['dog''s', c]": None,
+    'names: {"0": "a", "1": "b"}': None,
+    "names:\n- a\n  b": None,
+    "names:\n  0: a\n  0: b": None,
+    'names: ["a\\n", b]': None,
+    "names: [a,\n\n  b\n  c]": None,
+    "names: []": None,
+    "names:\n": None,
+    "{names: [a, b]}": None,
+    "names: [a]\nnc: 2": None,
+    "names: [a]\nnames: [b]": None,
 }
 
 
 @pytest.mark.parametrize("content, expected", YAML.items(), ids=range(len(YAML)))
 def test_names_in_yaml_are_understood_completely_or_refused(tmp_path, content, expected):
     text(tmp_path / "data.yaml", content)
-    if type(expected) is list:
+    if expected is not None:
         assert list(to_coco.yolo_names(tmp_path).items()) == list(enumerate(expected))
         return
-    line = re.escape(repr(expected)[1:-1])
-    with pytest.raises(UserError, match=f"data.yaml: .*{line}.*classes.txt, one a line"):
+    with pytest.raises(UserError, match="data.yaml: its names .*classes.txt, one a line"):
         to_coco.yolo_names(tmp_path)
     text(tmp_path / "classes.txt", "a, b\nc\n\n")
     assert to_coco.yolo_names(tmp_path) == {0: "a, b", 1: "c"}

@@ -28,9 +28,7 @@ import evaluate  # noqa: E402
 from data import UserError, read_annotations, upright  # noqa: E402
 from model import atomic_write  # noqa: E402
 
-
-NAME = r"""(?:'[^'\n]+'|"[^"\\\n]+"|\w(?:[^,:#\[\]{}\n]*[^,:#\[\]{}\s])?)"""  # in YAML
-COMMENT = r"\s*(?:(?<!\S)#.*)?"
+YAML_NAME = r"""\s*(?:-|(\d+):)\s+(["']?)(\w[\w ./()&+-]*)\2\s*"""  # - a or 0: "a"
 
 
 def read_text(path: Path) -> str:
@@ -71,35 +69,20 @@ def yolo_names(src: Path) -> dict[int, str]:
 
 
 def yaml_names(path: Path) -> dict[int, str]:
-    """`names:` as [a, b] or with a line for each, - a or 0: a; whatever else it is, is refused."""
-    def refuse(line):
-        raise UserError(f"{path}: names are not understood at {line!r:.80}; put them into "
-                        f"{path.parent / 'classes.txt'}, one a line")
-
-    text = read_text(path)
-    parts = re.findall(r"^[^\w\n#]*names[^\w\n]*:.*(?:\n(?![\w'\"].*:).*)*", text, re.M)
-    if not parts:
+    """`names:` as [a, b], or a line for each, - a or 0: a. Anything else is refused."""
+    text = re.sub("(?<![^ \n])#.*", "", read_text(path))  # without comments
+    blocks = re.findall(r"^names:(.*(?:\n[^\w\n].*|\n)*)", text, re.M)
+    if not blocks and "names" not in text:
         return {}
-    head, *lines = parts[-1].split("\n")
-    flow = re.match(rf"names:\s+\[\s*({NAME}(?:\s*,\s*{NAME})*)\s*(?:,\s*)?\]", parts[-1])
-    if flow:
-        rest = parts[-1][flow.end():].split("\n")
-        lines = [f" - {name}" for name in re.findall(NAME, flow[1])] + rest
-    if len(parts) > 1 or not flow and not re.fullmatch(f"names:{COMMENT}", head):
-        refuse(head)
-    names, forms = {}, set()
-    for line in lines:
-        if item := re.fullmatch(rf"( *)(?:-|(0|[1-9][0-9]*):) +({NAME}){COMMENT}", line):
-            number, name = int(item[2] or len(names)), item[3]
-            forms.add((item[1], not item[2]))
-            if len(forms) > 1 or number in names:
-                refuse(line)
-            names[number] = name[1:-1] if name[0] in "'\"" else name
-        elif not re.fullmatch(COMMENT, line):
-            refuse(line)
+    flow = re.fullmatch(r"\s*\[([^]]+?),?\s*\]\s*", blocks[0]) if blocks else None
+    lines = [f"- {name}" for name in flow[1].split(",")] if flow else "".join(blocks).split("\n")
+    items = [re.fullmatch(YAML_NAME, line) for line in filter(str.strip, lines)]
+    names = {int(item[1] or n): item[3].strip() for n, item in enumerate(filter(None, items))}
     count = re.search(r"^nc:\s*(\d+)", text, re.M)
-    if not names or count and int(count[1]) != len(names):
-        refuse(count[0] if names else head)
+    if (len(blocks) != 1 or not names or len(names) < len(items)
+            or count and int(count[1]) != len(names)):
+        raise UserError(f"{path}: its names are not understood; put them into "
+                        f"{path.parent / 'classes.txt'}, one a line")
     return names
 
 
