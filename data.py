@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -312,7 +313,7 @@ class Batch(NamedTuple):
 
     def to(self, device, stream: torch.cuda.Stream | None = None) -> "Batch":
         """A copy on the device, made on `stream` beside what still runs there, if one is given."""
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream) if stream else nullcontext():
             batch = Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
                             for x in self))
         if stream:

@@ -183,8 +183,8 @@ class Detector:
                 resized = transforms.resize(image, (h, w))
                 canvas[0, :, :h, :w] = resized.flip(2) if flip else resized
                 boxes, scores, labels = self.candidates(canvas, torch.tensor([(h, w)]))
-                boxes = data.mirror(boxes, w) if flip else boxes
-                found.append((self.to_image(boxes, (h, w), size), scores, labels))
+                boxes = self.to_image(boxes, (h, w), size)
+                found.append((data.mirror(boxes, size[1]) if flip else boxes, scores, labels))
         merged = suppress(*(torch.cat(x, dim=1) for x in zip(*found)), config)
         (d,) = unpad(*(x.cpu() for x in merged))
         keep = d.scores >= threshold
@@ -227,7 +227,8 @@ class Detector:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # thread_local: a loader's thread may pin memory meanwhile
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, torch.cuda.Stream(self.device),
+                                  capture_error_mode="thread_local"):
                 found = run(*inputs)
             self.graphs[shape] = graph, inputs, found, locations  # all must stay alive
         self.graphs.move_to_end(shape)
@@ -290,13 +291,14 @@ def detect_all(detector: Detector, dataset: CocoDataset, batch_size=8, num_worke
                 yield index, d._replace(boxes=boxes)
 
     results, total, start = [], sum(map(len, requests)), time.monotonic()
+    images = "images" if world == 1 else "images in this process"
     for done, (index, d) in enumerate(detections(), start=1):
         boxes = box_convert(d.boxes, "xyxy", "xywh").tolist()
         results += [{"image_id": int(annotations.image_ids[index]), "bbox": box, "score": score,
                      "category_id": annotations.category_ids[label]}
                     for box, score, label in zip(boxes, d.scores.tolist(), d.labels.tolist())]
         seconds = time.monotonic() - start
-        print0(f"evaluating: {done} of {total} images, {seconds:.0f} s", transient=done < total)
+        print0(f"evaluating: {done} of {total} {images}, {seconds:.0f} s", transient=done < total)
     if world > 1:
         gathered = [None] * world
         dist.gather_object(results, gathered if rank == 0 else None)
@@ -357,7 +359,7 @@ def explain(metrics: dict) -> list[str]:
         return ["every figure is -1: the split has no boxes to find (crowds aside)"]
     if detections == 0:
         return [f"every figure is 0: no detection scored above the threshold, against {boxes} true "
-                "boxes; train longer, start from pretrained weights, or lower --score-threshold"]
+                "boxes; train longer, or start from pretrained weights"]
     sentences, reasons = [], {}
     if figures["AP"] < 0.01:
         sentences.append("the detector has learned too little: train longer, or start from "

@@ -111,7 +111,7 @@ def fcos_loss(outputs, targets: Targets, kind: str = "iou", norm: Tensor | None 
     num_pos, num_images, centerness_sum = normalizers(targets) if norm is None else norm
     positive = targets.labels >= 0                                              # (N, L)
 
-    # At background the target stands in for the prediction, which costs 0 and has gradient 0.
+    # At background the target stands in for the prediction: finite, no gradient, and weight 0.
     pred_ltrb = torch.where(positive[..., None], outputs.ltrb, targets.ltrb)    # (N, L, 4)
     unit = 1.0 if stride is None else stride[:, None]                           # pixels
     box = box_loss(pred_ltrb / unit, targets.ltrb / unit, kind)                 # (N, L)

@@ -269,9 +269,10 @@ def init_from(model: FCOS, path, names: list[str]):
     taken = {key: value for key, value in theirs.items()
              if key in ours and value.shape == ours[key].shape}
     model.load_state_dict(taken, strict=False)
-    fresh = ", ".join(sorted(ours.keys() - taken.keys())) or "none"
+    fresh = sorted(ours.keys() - taken.keys()) + [name for name in names if name not in shared]
     print0(f"{path}: loaded {len(taken)} of {len(ours)} tensors, and the outputs of {len(shared)} "
-           f"of {len(names)} classes by name; newly initialised: {fresh[:200]}")
+           f"of {len(names)} classes by name; newly initialised: "
+           f"{', '.join(fresh)[:200] or 'nothing'}")
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -527,13 +528,18 @@ def evaluate_step(run: Run, progress: Progress):
 
 
 def catch_signals() -> list:
-    """SIGTERM and SIGINT append to this list; a second one ends the process at once."""
-    caught = []
+    """SIGTERM and SIGINT append to this list; another one 2 s later ends the process at once.
+
+    Sooner, it is the same one: schedulers signal every process, and torchrun passes that on.
+    """
+    caught, times = [], []
 
     def handler(number, frame):
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         caught.append(number)
-        for n in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(n, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
@@ -568,11 +574,12 @@ def print_plan(run: Run):
            f"{config.eval_every}")
     without, boxes = count_without_location(run.dataset, config)
     if without:
-        print0(f"{without} of {boxes} boxes are not assigned to any location: too small for the "
-               "image size, or covered by smaller boxes (make check says more)")
+        print0(f"{without} of {boxes} boxes, in up to 200 images sampled, are not assigned to any "
+               "location: too small for the image size, or covered by smaller boxes (make check "
+               "says more)")
     if without == boxes:
         raise UserError("no box is assigned to any location, so there is nothing to train on; "
-                        "raise --center-radius or --train-short-sides")
+                        "raise --train-short-sides, or --center-radius if it is not 0")
 
 
 def count_without_location(dataset: data.CocoDataset, config: TrainConfig):
@@ -647,7 +654,9 @@ def add_options(group, config):
 def load_run(args) -> tuple[TrainConfig, dict | None]:
     """The configuration, and the checkpoint to go on from, if any."""
     folder = args.run_dir
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+    owner = folder / ".lock"
+    restarted = (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and owner.exists()
+                 and owner.read_text() == os.environ["TORCHELASTIC_RUN_ID"])  # by the same torchrun
     if args.resume or restarted and checkpoints_of(folder):
         fixed = sorted(f"--{name.replace('_', '-')}" for name in args.changed.keys() - MAY_CHANGE)
         fixed += [args.preset] if args.preset else []
@@ -691,8 +700,12 @@ def lock(folder: Path, fresh: bool):
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training here; choose another folder "
                             "with RUN=... (--run-dir)") from None
+        except OSError as error:  # a network drive, for example
+            print0(f"warning: {folder}: cannot be locked ({error}); start no other training here")
         if fresh:
             refuse_to_overwrite(folder)
+        os.ftruncate(handle, 0)
+        os.write(handle, os.environ.get("TORCHELASTIC_RUN_ID", "").encode())  # for its restarts
     if dist.is_initialized():
         dist.barrier()
         if not (folder / ".lock").exists():

@@ -330,6 +330,12 @@ def test_a_batch_is_resized_flipped_and_padded_with_zeros(tmp_path):
     assert torch.equal(batch.images[2, :, :58, :64].flip(2), dataset.image(1))
 
 
+def test_without_a_stream_a_batch_asks_for_no_accelerator(monkeypatch):
+    batch = data.Batch(*(torch.ones(1),) * 4, [1], [0])
+    monkeypatch.setattr(torch.cuda, "stream", None)  # which fails where there is Apple's
+    assert batch.to("cpu").images is batch.images
+
+
 def test_a_batch_in_which_no_image_has_a_box_has_empty_tensors(tmp_path):
     content = good_content() | {"annotations": []}
     batch = open_good(tmp_path, content)[[Request(0, True, (78, 64), (96, 64), ())]]

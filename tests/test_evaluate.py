@@ -308,6 +308,20 @@ def test_test_time_augmentation_brings_every_size_and_flip_back_to_the_image():
     assert box == pytest.approx(plain, abs=2) and (score, name) == (1, "rectangle")
 
 
+def test_flipped_views_agree_where_the_last_pixel_belongs_to_the_box(monkeypatch):
+    class Inclusive(Bright):
+        def candidates(self, images, sizes):
+            boxes, scores, labels = super().candidates(images, sizes)
+            return boxes - torch.tensor([0, 0, 1, 1]), scores, labels
+
+    image = np.zeros((64, 90, 3), np.uint8)
+    image[10:40, 20:40] = 255
+    config = replace(SMALL, short_side=64, long_side=90, inclusive_boxes=True, nms_iou=1.0)
+    monkeypatch.setattr(evaluate, "TTA_SCALES", (1,))
+    found = Inclusive(FCOS(config), CATEGORIES, "cpu", "fp32")(image, tta=True)
+    assert found.boxes.tolist() == [[20, 10, 40, 40]] * 2
+
+
 # --- prediction ---------------------------------------------------------------------------------
 
 def test_prediction_writes_pictures_and_all_boxes_and_says_the_best_score(

@@ -1,6 +1,7 @@
 """Training is exact however it is split, and it survives: processes really killed and stopped."""
 
 import copy
+import errno
 import json
 import os
 import random
@@ -217,7 +218,10 @@ def test_torchrun_restarts_after_a_kill_and_passes_sigterm_on(dataset, tmp_path)
     wait_for(lambda: "resuming from step" in log.read_text())
     step = load_checkpoint(run)["step"]
     wait_for(lambda: checkpoints_of(run)[0].stem > f"checkpoint-{step:07d}")
-    torchrun.send_signal(signal.SIGTERM)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)],
+                              capture_output=True, text=True).stdout.split()
+    for pid in (*children, torchrun.pid):  # as job schedulers do; torchrun passes its own on
+        os.kill(int(pid), signal.SIGTERM)
     assert torchrun.wait(60) != 0 and f"make resume RUN={run}" in log.read_text()
     assert load_checkpoint(run)["step"] > step
 
@@ -296,13 +300,15 @@ def _wait_for_signals(ready):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_process_at_once(tmp_path, number):
+def test_a_signal_two_seconds_after_the_first_ends_the_process_at_once(tmp_path, number):
     process = FORKS.Process(target=_wait_for_signals, args=(tmp_path / "ready",))
     process.start()
     wait_for((tmp_path / "ready").exists)
-    os.kill(process.pid, number)
-    process.join(0.5)
-    assert process.is_alive()
+    for _ in range(2):
+        os.kill(process.pid, number)
+        process.join(0.5)
+        assert process.is_alive()
+    time.sleep(1.5)
     os.kill(process.pid, number)
     assert finish([process], timeout=5) == [-number]
 
@@ -326,6 +332,26 @@ def test_a_machine_that_does_not_share_the_run_folder_is_told(tmp_path, monkeypa
     monkeypatch.setattr(train.dist, "barrier", lambda: None)
     with pytest.raises(UserError, match="not the folder of rank 0; machines must share it"):
         train.lock(tmp_path, fresh=True)
+
+
+def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, capsys):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "lockf", unsupported)
+    train.lock(tmp_path, fresh=True)
+    assert f"warning: {tmp_path}: cannot be locked" in capsys.readouterr().out
+
+
+def test_only_a_restart_by_the_same_torchrun_goes_on_with_a_run(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    main(*TINY, "--skip-eval", "--data", dataset, "--steps", 2, "--run-dir", tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    args = train.parse_arguments(["demo", "--run-dir", str(tmp_path), "--data", str(dataset)])
+    assert train.load_run(args)[1]["step"] == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(UserError, match="already holds a run"):
+        train.load_run(args)
 
 
 def test_a_failed_start_leaves_no_run_folder(dataset, tmp_path):
@@ -483,7 +509,7 @@ def test_init_from_takes_the_weights_and_the_outputs_of_classes_of_equal_names(
         assert torch.equal(ours[key][[0, 2]], theirs[key][[2, 0]])
     assert torch.equal(ours["head.cls_logits.weight"][[1, 3]], before[[1, 3]])
     assert torch.equal(ours["fpn.inner_blocks.0.0.weight"], theirs["fpn.inner_blocks.0.0.weight"])
-    assert "the outputs of 2 of 4 classes by name" in capsys.readouterr().out
+    assert "2 of 4 classes by name; newly initialised: cat, dog\n" in capsys.readouterr().out
 
 
 def test_init_from_starts_another_run_of_the_same_architecture(dataset, uninterrupted, tmp_path):
@@ -570,7 +596,7 @@ def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path, capsys):
 def test_boxes_without_a_location_are_counted_and_if_all_are_training_is_refused(
         dataset, tmp_path, capsys):
     main(*TINY, "--data", dataset, "--run-dir", tmp_path / "run", "--steps", 1, "--skip-eval")
-    assert re.search(r"3\d of \d\d boxes are not assigned to any location", capsys.readouterr().out)
+    assert re.search(r"3\d of \d\d boxes, in .*, are not assigned", capsys.readouterr().out)
     with pytest.raises(UserError, match="no box is assigned to any location.*--center-radius"):
         main(*TINY, "--data", dataset, "--run-dir", tmp_path, "--center-radius", "0.01")
 
