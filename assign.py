@@ -37,21 +37,14 @@ STRIDES = (8, 16, 32, 64, 128)  # pixels; P3 .. P7
 CELLS_IN_RANGE = 8              # a level learns boxes with max(l, t, r, b) <= 8 of its strides
 
 
-class Level(NamedTuple):
-    """The grid of one pyramid level."""
-    stride: int  # pixels
-    height: int  # cells
-    width: int   # cells
-
-
 class Locations(NamedTuple):
     """All locations of a padded image: smallest stride first, row by row in a level."""
     xy: Tensor          # (L, 2) pixels
     stride: Tensor      # (L,) pixels
     size_range: Tensor  # (L, 2) pixels: smallest and largest max(l, t, r, b) of a positive
-    levels: tuple[Level, ...]
+    grids: tuple[tuple[int, int], ...]  # S: width and height of each level, in cells
     first: Tensor       # (S,) int64: index of each level's first location
-    cells: Tensor       # (S, 2) int64: width and height of each level
+    cells: Tensor       # (S, 2) int64: the same as a tensor
 
 
 class Targets(NamedTuple):
@@ -68,21 +61,21 @@ def make_locations(height, width, strides=STRIDES, offset=0.5, device="cpu") -> 
     `offset` is the position of a location in its cell, in strides: 0.5 is the centre (FCOS), 0 the
     corner (torchvision).
     """
-    levels = tuple(Level(s, (height - 1) // s + 1, (width - 1) // s + 1) for s in strides)
+    grids = tuple(((width - 1) // s + 1, (height - 1) // s + 1) for s in strides)
     xy, stride, size_range, first = [], [], [], [0]
     limits = [-1.0, *(float(CELLS_IN_RANGE * s) for s in strides[:-1]), math.inf]
-    for level, smallest, largest in zip(levels, limits, limits[1:]):
-        y = (torch.arange(level.height, dtype=torch.float32) + offset) * level.stride  # (H,)
-        x = (torch.arange(level.width, dtype=torch.float32) + offset) * level.stride   # (W,)
+    for s, (W, H), smallest, largest in zip(strides, grids, limits, limits[1:]):
+        y = (torch.arange(H, dtype=torch.float32) + offset) * s                        # (H,)
+        x = (torch.arange(W, dtype=torch.float32) + offset) * s                        # (W,)
         y, x = torch.meshgrid(y, x, indexing="ij")                                     # (H, W)
         xy.append(torch.stack([x, y], dim=-1).view(-1, 2))                             # (H*W, 2)
-        stride.append(torch.full((y.numel(),), float(level.stride)))                   # (H*W,)
-        size_range.append(torch.tensor([smallest, largest]).expand(y.numel(), 2))      # (H*W, 2)
-        first.append(first[-1] + y.numel())
-    cells = torch.tensor([(level.width, level.height) for level in levels])
+        stride.append(torch.full((W * H,), float(s)))                                  # (H*W,)
+        size_range.append(torch.tensor([smallest, largest]).expand(W * H, 2))          # (H*W, 2)
+        first.append(first[-1] + W * H)
     xy, stride, size_range, first, cells = (x.to(device) for x in (
-        torch.cat(xy), torch.cat(stride), torch.cat(size_range), torch.tensor(first[:-1]), cells))
-    return Locations(xy, stride, size_range, levels, first, cells)
+        torch.cat(xy), torch.cat(stride), torch.cat(size_range), torch.tensor(first[:-1]),
+        torch.tensor(grids)))
+    return Locations(xy, stride, size_range, grids, first, cells)
 
 
 def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tensor],
@@ -122,8 +115,7 @@ def assign_targets(locations: Locations, boxes: list[Tensor], labels: list[Tenso
     corner = ((torch.maximum(lower, end - largest) - origin) / stride).floor().clamp(min=0)
     # Cells at most 8 strides from both ends of a box of s strides span min(s, 16 - s) <= 8 strides;
     # the last level has no such bound, but a finite number of cells.
-    last = locations.levels[-1]
-    span = min(2 * radius, max(CELLS_IN_RANGE, last.height, last.width))
+    span = min(2 * radius, max(CELLS_IN_RANGE, *locations.grids[-1]))
     window = torch.arange(1 + math.ceil(span), device=device)                    # (V,)
     cell = corner.long()[..., None] + window                                     # (B, S, 2, V)
     xy = cell * stride[..., None] + origin[..., None]                            # (B, S, 2, V)

@@ -25,7 +25,6 @@ import signal
 import sys
 import traceback
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -35,12 +34,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.signal_handling import (
-    _error_if_any_worker_fails as raise_if_a_worker_died)
 from torchvision.transforms.v2 import functional as transforms
 
 PADDED_TO = 32        # pixels; both sides of a batch are multiples of C5's stride
-LOADER_TIMEOUT = 300  # seconds that a batch may take to load
+LOADER_TIMEOUT = 120  # seconds that a batch may take to load
 
 
 class UserError(ValueError):
@@ -225,39 +222,41 @@ def canvas_for(sizes, sides=()) -> tuple[int, int]:
                  for pixels in map(max, zip(*sizes)))
 
 
-@dataclass(eq=False)
 class TrainSampler:
     """What a training step sees: a pure function of (seed, step), the same in every process.
 
     An epoch is a permutation of the images, tall before wide so that batches need little padding,
     cut into batches, which are shuffled. Images drawn at random fill the last one.
-    """
-    sizes: np.ndarray             # (I, 2) heights and widths of the split
-    images: np.ndarray            # indices of the images to train on
-    batch_size: int
-    seed: int
-    short_sides: tuple[int, int]  # pixels; smallest and largest short side
-    long_side: int                # pixels
-    enlarge: bool
-    flip: float                   # probability of a horizontal flip
-    canvas_sides: int             # how many padded lengths may occur; 0: any
 
-    def __post_init__(self):
-        largest = [resized(h, w, self.short_sides[1], self.long_side, self.enlarge)
-                   for h, w in np.unique(self.sizes, axis=0).tolist()]
+    Args:
+        sizes: (I, 2) heights and widths of the split.
+        images: indices of the images to train on.
+        config: `train.TrainConfig`.
+    """
+
+    def __init__(self, sizes: np.ndarray, images: np.ndarray, config):
+        self.sizes, self.images, self.config = sizes, images, config
+        self.batch_size, self.seed = config.batch_size, config.seed
+        self.batches_per_epoch = math.ceil(len(images) / self.batch_size)
+        largest = [self.resized(size, config.train_short_sides[1])
+                   for size in np.unique(sizes, axis=0)]
         ends = max(map(max, largest)), max(map(min, largest))
-        self.sides = sorted({padded(p) for p in np.linspace(*ends, self.canvas_sides, dtype=int)})
-        self.batches_per_epoch = math.ceil(len(self.images) / self.batch_size)
+        self.sides = sorted({padded(p) for p in np.linspace(*ends, config.canvas_sides, dtype=int)})
+
+    def resized(self, size: np.ndarray, short_side) -> tuple[int, int]:
+        """An image's size (2,) in a step that draws this short side."""
+        model = self.config.model
+        return resized(*size.tolist(), int(short_side), model.long_side, model.enlarge)
 
     def global_batch(self, step: int) -> list[Request]:
         """The `batch_size` images of one step."""
         epoch, batch = divmod(step, self.batches_per_epoch)
         indices = self.batches_of(epoch)[batch].tolist()
         random = np.random.default_rng((self.seed, 1, step))
-        flips = random.random(self.batch_size) < self.flip
-        short_sides = random.integers(*self.short_sides, self.batch_size, endpoint=True)
-        sizes = [resized(*self.sizes[i].tolist(), int(short), self.long_side, self.enlarge)
-                 for i, short in zip(indices, short_sides)]
+        flips = random.random(self.batch_size) < self.config.flip
+        short_sides = random.integers(*self.config.train_short_sides, self.batch_size,
+                                      endpoint=True)
+        sizes = [self.resized(self.sizes[i], short) for i, short in zip(indices, short_sides)]
         canvas = canvas_for(sizes, self.sides)
         return [Request(i, bool(flip), size, canvas, (self.seed, 2, step, n))
                 for n, (i, flip, size) in enumerate(zip(indices, flips, sizes))]
@@ -463,19 +462,15 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
                        sys.platform == "linux" else None)  # a forkserver's would outlive a kill
     loader = iter(DataLoader(dataset, batch_size=None, sampler=requests, pin_memory=pin_memory,
                              **workers))
+    if num_workers:  # torch's handler would raise in the middle of a step
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
-            if num_workers:  # torch's handler would raise in the middle of a step
-                signal.signal(signal.SIGCHLD, lambda *_: raise_if_a_worker_died())
-                raise_if_a_worker_died()
             batch = next(loader, None)
         except RuntimeError as error:  # of the loader: an error of the dataset comes as a batch
             raise UserError(
                 f"loading stopped ({str(error).splitlines()[0]}): a worker process was killed or "
                 "hangs; check free memory and /dev/shm, or use --num-workers 0") from None
-        finally:
-            if num_workers:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if batch is None:
             return
         if isinstance(batch, Exception):

@@ -84,7 +84,7 @@ IMPROVED = dict(box_unit="stride", centerness_on_box_tower=True, sqrt_score=True
 
 
 def validate(config, at_least: dict, at_most: dict):
-    """Raise on the first field of another type, or not in its range (default: 0 to 2**31)."""
+    """Raise for the first field of a wrong type or outside its range (default: 0 to 2**31)."""
     for f in fields(config):
         value, default = getattr(config, f.name), f.default
         option = f"--{f.name.replace('_', '-')} {value!r:.80}"
@@ -99,7 +99,7 @@ def validate(config, at_least: dict, at_most: dict):
             raise UserError(f"{option}: must be of the type of {default!r}")
         low, high = at_least.get(f.name, 0), at_most.get(f.name, 2**31)
         if any(type(v) in (int, float) and not low <= v <= high for v in values):
-            raise UserError(f"{option}: must be at least {low:g} and at most {high:g}")
+            raise UserError(f"{option}: must be at least {low:.10g} and at most {high:.10g}")
 
 
 def config_from_dict(Config, values: dict, source):
@@ -364,13 +364,13 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
         a score of 0 is padding. All shapes are fixed: no host-device sync.
     """
     N, L, C = outputs.logits.shape
-    k, S = config.candidates_per_level, len(locations.levels)
+    k, S = config.candidates_per_level, len(locations.grids)
     centerness = outputs.centerness.sigmoid()[..., None]                           # (N, L, 1)
 
     # The top k of a level's H*W*C scores are at the k locations with the best top class.
     top_class = outputs.logits.amax(-1, keepdim=True)                              # (N, L, 1)
     best = final_scores(top_class, centerness, config).squeeze(-1)                 # (N, L)
-    counts = [level.height * level.width for level in locations.levels]
+    counts = [width * height for width, height in locations.grids]
     longest = torch.sym_max(k, counts[0])
     best = torch.stack([nn.functional.pad(level, (0, longest - level.shape[1]), value=-1.0)
                         for level in best.split(counts, dim=1)], dim=1)            # (N, S, longest)
@@ -409,20 +409,21 @@ def final_scores(logits, centerness, config: ModelConfig):
     return final * (compared > config.score_threshold)
 
 
-def nms_mask(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
+def nms_mask(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float,
+             dtype=torch.float64) -> Tensor:
     """Greedy NMS inside each group; which boxes survive.
 
     boxes (N*K, 4), scores (N*K,), groups (N*K,) int64, negative for padding -> (N*K,) bool.
-    Without the extension, torchvision's NMS runs once over boxes that are moved apart by group, in
-    float64, because float32 would round the moved boxes.
+    Without the extension, torchvision's NMS runs once over boxes that are moved apart by group, on
+    a grid of 32 columns. In float32, which ONNX needs, this rounds them by up to 0.002 pixels.
     """
     if boxes.is_cuda and csrc.available():
         return csrc.nms_mask(boxes, scores, groups, iou)
     index = (groups >= 0).nonzero().squeeze(1)
-    boxes, group = boxes[index].double(), groups[index]
-    apart = nn.functional.pad(boxes, (0, 0, 0, 1)).amax() + 1  # there may be no box
-    boxes = boxes + (group * apart)[:, None]
-    kept = index[torchvision.ops.nms(boxes, scores[index].double(), iou)]
+    boxes, group = boxes[index].to(dtype), groups[index]
+    apart = nn.functional.pad(boxes, (0, 0, 0, 1)).max() + 1  # there may be no box
+    boxes = boxes + torch.stack([group % 32, group // 32], dim=1).repeat(1, 2) * apart
+    kept = index[torchvision.ops.nms(boxes, scores[index].to(dtype), iou)]
     return torch.zeros_like(groups, dtype=torch.bool).index_fill(0, kept, True)
 
 
@@ -453,10 +454,10 @@ def evenly_spaced(locations: Locations) -> Tensor:
     Its rows are H // (number of rows) pixels apart. That is less than a stride where the stride
     does not divide the padded height: P7 has 7 rows in 800 pixels, 114 apart. Columns likewise.
     """
-    pitch = locations.cells[0] * locations.levels[0].stride // locations.cells     # (S, 2) pixels
-    by_level = locations.xy.split([level.height * level.width for level in locations.levels])
-    return torch.cat([xy / level.stride * pixels
-                      for xy, level, pixels in zip(by_level, locations.levels, pitch)])
+    pitch = locations.cells[0] * locations.stride[0] // locations.cells            # (S, 2) pixels
+    pitch = torch.cat([p.expand(width * height, 2)
+                       for p, (width, height) in zip(pitch, locations.grids)])     # (L, 2)
+    return locations.xy / locations.stride[:, None] * pitch
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ MAY_CHANGE = {"data", "microbatch", "num_workers", "log_every", "eval_every", "c
 ARCHITECTURE = ("backbone", "backbone_norm", "stride_in_1x1", "channels", "tower_depth",
                 "centerness_on_box_tower", "box_unit", "location_offset", "sqrt_score",
                 "pixel_mean", "pixel_std")
-TERMS = ("cls", "box", "centerness")  # of the loss
+TERMS = ("cls", "box", "centerness")  # of the loss, in the order of `fcos_loss`
 # Keep channels_last through every GroupNorm, and fuse its backward pass.
 COMPILE_OPTIONS = {"force_layout_optimization": True, "realize_opcount_threshold": 100}
 
@@ -147,13 +147,6 @@ def lr_at(step: int, config: TrainConfig) -> float:
     return config.lr * 0.1 ** sum(step >= round(config.steps * part) for part in (2 / 3, 8 / 9))
 
 
-def make_sampler(config: TrainConfig, sizes, images) -> data.TrainSampler:
-    """What each step sees of the chosen `images` of a split; `sizes` (I, 2) are of all."""
-    return data.TrainSampler(
-        sizes, images, config.batch_size, config.seed, config.train_short_sides,
-        config.model.long_side, config.model.enlarge, config.flip, config.canvas_sides)
-
-
 # --- one step -----------------------------------------------------------------------------------
 
 def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
@@ -166,12 +159,6 @@ def build_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
-
-
-def sum_gradients(state, bucket):
-    """DDP's communication: processes hold parts of one loss, so gradients are not averaged."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
 
 
 def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
@@ -201,8 +188,8 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
                 outputs = network(m.images, m.sizes)
             losses = fcos_loss(outputs, target, config.box_loss, norm,
                                locations.stride if config.model.box_unit == "stride" else None)
-            sum(losses.values()).backward()
-        total = total + torch.stack([losses[name].detach() for name in TERMS])   # (3,)
+            (world * sum(losses.values())).backward()  # DDP averages; parts of one loss add up
+        total = total + torch.stack([*losses.values()]).detach()                 # (3,)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if config.grad_clip:
@@ -352,7 +339,7 @@ class Progress:
                 self.stop_at = min(self.stop_at, step + 1 + self.lag)
             if not all(map(math.isfinite, losses)):
                 self.savable = False
-                raise not_finite(self.run, step, dict(zip(TERMS, losses)))
+                raise not_finite(self.run, step, dict(zip(TERMS, losses, strict=True)))
             self.losses.append(losses)
 
     def log(self):
@@ -420,7 +407,7 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         data=os.path.abspath(config.data),  # usable from another folder
         model=replace(config.model, num_classes=len(categories["ids"])))
     count = count_microbatches(config, world)
-    sampler = make_sampler(config, annotations.sizes, images)
+    sampler = data.TrainSampler(annotations.sizes, images, config)
 
     torch.manual_seed(config.seed)
     model = FCOS(config.model, config.backbone_weights if not checkpoint else "none")
@@ -446,7 +433,6 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         network = DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers are frozen
-        network.register_comm_hook(None, sum_gradients)
     run = Run(folder, config, device, dataset, validation, categories, sampler, count, model,
               network, optimizer)
     print_plan(run)

@@ -51,7 +51,7 @@ def test_locations_are_cell_centres_level_by_level_and_row_by_row():
     assert locations.xy.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12],
                                      [8, 8], [24, 8]]
     assert locations.stride.tolist() == [8] * 6 + [16] * 2
-    assert [tuple(level) for level in locations.levels] == [(8, 2, 3), (16, 1, 2)]
+    assert locations.grids == ((3, 2), (2, 1))
 
 
 def test_offset_0_puts_locations_on_the_cell_corners():

@@ -156,7 +156,7 @@ def outputs_with(*found, size=(128, 128), N=1):
     L = len(locations.xy)
     outputs = Outputs(torch.full((N, L, 3), -20.0), torch.ones(N, L, 4), torch.zeros(N, L))
     for n, level, row, column, label, score, centerness, ltrb in found:
-        at = locations.first[level] + row * locations.levels[level].width + column
+        at = locations.first[level] + row * locations.grids[level][0] + column
         outputs.logits[n, at, label] = math.log(score / (1 - score))
         outputs.centerness[n, at] = math.log(centerness / (1 - centerness))
         outputs.ltrb[n, at] = torch.tensor(ltrb, dtype=torch.float32)
@@ -239,7 +239,7 @@ def test_looking_at_the_best_locations_alone_finds_what_looking_at_all_finds(k):
     for n, d in enumerate(detect(outputs, locations, [(128, 256)] * N, config)):
         score = outputs.logits[n].sigmoid()
         final = torch.where(score > 0.4, score * outputs.centerness[n].sigmoid()[:, None], 0.0)
-        levels = final.split([level.height * level.width for level in locations.levels])
+        levels = final.split([W * H for W, H in locations.grids])
         best = torch.cat([level.flatten().sort(descending=True).values[:k] for level in levels])
         expected = best[best > 0].sort(descending=True).values[:100]
         assert len(expected) == 100 or k == 3

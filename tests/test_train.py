@@ -116,8 +116,8 @@ def finished(uninterrupted):
 def test_processes_and_microbatches_change_neither_losses_nor_weights(
         dataset, uninterrupted, finished, tmp_path, world, microbatch):
     split = data.open_split(dataset, "train")
-    sampler = train.make_sampler(train.parse_arguments(TINY).config, split.annotations.sizes,
-                                 split.with_boxes())
+    sampler = data.TrainSampler(split.annotations.sizes, split.with_boxes(),
+                                train.parse_arguments(TINY).config)
     # the images of a whole process have no positive location
     empty = [all(request.index % 3 != 2 for request in batch)
              for batch in data.microbatches(sampler, range(12), 1, rank=1, world=2)]

@@ -78,7 +78,7 @@ from assign import assign_targets, make_locations  # noqa: E402
 from evaluate import Detector, dtype_of, run_program  # noqa: E402
 from import_weights import convert  # noqa: E402
 from model import FCOS  # noqa: E402
-from train import COMPILE_OPTIONS, PRESETS, make_sampler, prepare, training_step  # noqa: E402
+from train import COMPILE_OPTIONS, PRESETS, prepare, training_step  # noqa: E402
 
 C = 80
 LR = 1e-6             # dozens of steps on one batch leave the network as it was
@@ -252,7 +252,7 @@ def exported_sides(model, images, sizes, folder) -> dict:
             report(f"inference: {runtime}", note=f"not installed: pip install {' '.join(needed)}")
             continue
         if not path.exists():
-            export.save(export.export(copy.deepcopy(model), export.nms_mask_onnx), path, {})
+            export.save(export.export(copy.deepcopy(model), torch.float32), path, {})
         package = importlib.import_module(runtime)
         if runtime == "openvino":
             sides[runtime] = partial(package.Core().compile_model(path, "CPU"), inputs)
@@ -282,8 +282,8 @@ def time_loading(N) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         coco_folder(folder, N, 480, 640)
         dataset = data.open_split(folder, "train")
-        sampler = make_sampler(replace(PRESETS["fcos_R_50_FPN_1x"], batch_size=N),
-                               dataset.annotations.sizes, dataset.with_boxes())
+        sampler = data.TrainSampler(dataset.annotations.sizes, dataset.with_boxes(),
+                                    replace(PRESETS["fcos_R_50_FPN_1x"], batch_size=N))
 
         def theirs():
             images = [Image.open(dataset.image_path(i)).convert("RGB") for i in range(N)]

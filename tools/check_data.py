@@ -258,7 +258,7 @@ def describe(dataset: CocoDataset):
 def draw_batches(dataset: CocoDataset, images, config: train.TrainConfig, path):
     """Draw three batches of `images` as the network sees them in training (black: padding)."""
     a, tiles = dataset.annotations, []
-    sampler = train.make_sampler(replace(config, batch_size=4), a.sizes, images)
+    sampler = data.TrainSampler(a.sizes, images, replace(config, batch_size=4))
     for step in range(3):
         batch = dataset.load(sampler.global_batch(step))
         for i, image, boxes, labels in zip(batch.indices, batch.images,

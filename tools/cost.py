@@ -10,16 +10,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from assign import make_locations  # noqa: E402
+from assign import STRIDES, make_locations  # noqa: E402
 from evaluate import run_program  # noqa: E402
 from model import FCOS  # noqa: E402
-from train import PRESETS, make_sampler  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 MIB = 2**20  # bytes
 
@@ -45,10 +44,9 @@ def print_network(config, height: int, width: int):
         print(name, tuple(x.shape))
     print("\nlevel  stride  cells (h x w)  max(l, t, r, b) of its boxes")
     locations = make_locations(height, width)
-    for number, level in enumerate(locations.levels):
+    for number, (stride, (W, H)) in enumerate(zip(STRIDES, locations.grids)):
         low, high = locations.size_range[locations.first[number]].clamp(min=0).tolist()
-        cells = f"{level.height} x {level.width}"
-        print(f"P{number + 3}     {level.stride:6}  {cells:13}  {low:.0f} .. {high:.0f}")
+        print(f"P{number + 3}     {stride:6}  {f'{H} x {W}':13}  {low:.0f} .. {high:.0f}")
     print("\npart       parameters   learned   GFLOPs (2 per multiply-add)")
     for name in ("backbone", "fpn", "head", ""):
         parameters = list(model.get_submodule(name).parameters())
@@ -58,19 +56,7 @@ def print_network(config, height: int, width: int):
         print(f"{name or 'all':10} {total / 1e6:8.2f} M {learned / 1e6:7.2f} M {flops / 1e9:8.1f}")
     print(f"\ntraining in float32, MiB: weights {4 * total / MIB:.0f}, gradients and each moment "
           f"of the optimizer {4 * learned / MIB:.0f};\nper image {activations / MIB:.0f} kept for "
-          "the backward pass (without the losses)\n")
-
-
-def print_canvases(config, steps=2000):
-    """How many padded sizes, each a compilation under torch.compile, training on COCO meets."""
-    random = np.random.default_rng(0)
-    sizes = np.stack([random.choice((480, 427, 375, 333), 5000),
-                      random.choice((640, 612, 500), 5000)], axis=1)
-    sizes[:1500] = sizes[:1500, ::-1]  # tall
-    sampler = make_sampler(config, sizes, np.arange(len(sizes)))
-    shapes = sorted({sampler.global_batch(step)[0].canvas for step in range(steps)})
-    print(f"{steps:,} steps on images of COCO's usual sizes meet {len(shapes)} canvas shapes:",
-          ", ".join(f"{h} x {w}" for h, w in shapes[:12]), "..." if len(shapes) > 12 else "")
+          "the backward pass (without the losses)")
 
 
 def main(argv=None):
@@ -82,7 +68,6 @@ def main(argv=None):
     if min(args.size) < 1:
         parser.error("--size must be at least 1 1")
     print_network(PRESETS[args.preset].model, *args.size)
-    print_canvases(PRESETS[args.preset])
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import argparse
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
 from torch.export import Dim
 
@@ -44,10 +44,11 @@ from model import (FCOS, atomic_write, build_model, candidates, fold_frozen_norm
 class ExportedDetector(nn.Module):
     """From pixels to detections, in operators of PyTorch and torchvision."""
 
-    def __init__(self, model: FCOS, nms):
+    def __init__(self, model: FCOS, nms_dtype: torch.dtype):
         super().__init__()
         fold_frozen_norms(model)
-        self.model, self.nms = model.eval().requires_grad_(False), nms
+        self.model = model.eval().requires_grad_(False)
+        self.nms = partial(nms_mask, dtype=nms_dtype)
 
     def forward(self, images, image_sizes):
         config = self.model.config
@@ -57,27 +58,13 @@ class ExportedDetector(nn.Module):
         return suppress(*candidates(outputs, locations, image_sizes, config), config, self.nms)
 
 
-def nms_mask_onnx(boxes, scores, groups, iou):
-    """`model.nms_mask` for ONNX, whose NMS is float32 only.
-
-    Groups lie apart on a grid of 32 columns instead of in a line, where float32 would round the
-    boxes of the 1,000th class of an image by 0.06 pixels; on the grid it is 0.002.
-    """
-    index = (groups >= 0).nonzero().squeeze(1)
-    boxes, group = boxes[index], groups[index]
-    apart = nn.functional.pad(boxes, (0, 0, 0, 1)).max() + 1  # there may be no box
-    boxes = boxes + torch.stack([group % 32, group // 32], dim=1).repeat(1, 2) * apart
-    kept = index[torchvision.ops.nms(boxes, scores[index], iou)]
-    return torch.zeros_like(groups, dtype=torch.bool).index_fill(0, kept, True)
-
-
-def export(model: FCOS, nms=nms_mask) -> torch.export.ExportedProgram:
-    """Trace the detector for any batch size, height and width."""
+def export(model: FCOS, nms_dtype=torch.float64) -> torch.export.ExportedProgram:
+    """Trace the detector for any batch size, height and width. ONNX has NMS of float32 alone."""
     N, H, W = 2, 256, 320  # an example: every dimension of 1 would be taken for a constant
     example = torch.zeros(N, 3, H, W, dtype=torch.uint8), torch.tensor([[H, W]] * N)
     batch = Dim("batch", min=1)
     shapes = {0: batch, 2: 32 * Dim("rows", min=1), 3: 32 * Dim("columns", min=1)}, {0: batch}
-    return torch.export.export(ExportedDetector(model, nms), example, dynamic_shapes=shapes)
+    return torch.export.export(ExportedDetector(model, nms_dtype), example, dynamic_shapes=shapes)
 
 
 def save(program: torch.export.ExportedProgram, path: Path, categories: dict):
@@ -110,8 +97,9 @@ def main(argv=None):
     if out.suffix not in (".pt2", ".onnx"):
         parser.error("--out must end in .pt2 or .onnx")
     checkpoint = load_checkpoint(args.run)
-    nms = nms_mask if out.suffix == ".pt2" else nms_mask_onnx
-    save(export(build_model(checkpoint, args.run), nms), out, checkpoint["categories"])
+    model = build_model(checkpoint, args.run)
+    nms_dtype = torch.float64 if out.suffix == ".pt2" else torch.float32
+    save(export(model, nms_dtype), out, checkpoint["categories"])
     print(f"{out}: {', '.join(checkpoint['categories']['names'])}")
 
 

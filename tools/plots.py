@@ -134,16 +134,16 @@ def draw_targets(args):
         print(f"{COLORS[g % len(COLORS)]:<12}{f'{w:.0f} x {h:.0f}':<9}"
               + "".join(f"{count:6}" for count in counts))
     tiles, learns = [], torch.stack([t.labels[0] >= 0 for t in variants.values()]).any(dim=0)
-    for level, first in zip(locations.levels, locations.first.tolist()):
-        here = slice(first, first + level.height * level.width)
+    for stride, (W, H), first in zip(STRIDES, locations.grids, locations.first.tolist()):
+        here = slice(first, first + W * H)
         if learns.any() and not learns[here].any():
             continue
         smallest, largest = locations.size_range[first].clamp(min=0).tolist()
         for title, targets in variants.items():
-            title = f"stride {level.stride}, max(l, t, r, b) {smallest:g} .. {largest:g}: {title}"
-            labels, centerness = (x[0, here].view(level.height, level.width)
+            title = f"stride {stride}, max(l, t, r, b) {smallest:g} .. {largest:g}: {title}"
+            labels, centerness = (x[0, here].view(H, W)
                                   for x in (targets.labels, targets.centerness))
-            tiles.append((title, level_picture(image, boxes, level.stride, labels, centerness)))
+            tiles.append((title, level_picture(image, boxes, stride, labels, centerness)))
     save_grid(tiles, len(variants), args.out)
 
 
