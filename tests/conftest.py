@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from PIL import Image
+from torchvision.ops import box_convert
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real data sets, where they are
@@ -79,6 +82,38 @@ def link_copy(source, folder):
     """A copy of a folder that may be changed file by file."""
     return Path(shutil.copytree(source, folder, copy_function=lambda a, b: (
         shutil.copy(a, b) if a.endswith(("json", "jsonl")) else os.link(a, b))))
+
+
+def truth_as_detections(a, score=1.0):
+    boxes = box_convert(torch.from_numpy(a.boxes).float(), "xyxy", "xywh").tolist()
+    return [dict(image_id=int(a.image_ids[a.image[k]]), category_id=a.category_ids[a.labels[k]],
+                 bbox=boxes[k], score=score) for k in np.flatnonzero(~a.crowd)]
+
+
+# --- references ---------------------------------------------------------------------------------
+
+def exact_focal_loss(logits, labels, alpha=0.25, gamma=2.0, scale=1.0):
+    """The focal loss and its gradient, as the paper defines them (eq. 5), in float64."""
+    x = logits.detach().double().cpu().requires_grad_()
+    is_class = labels.cpu()[:, None] == torch.arange(x.shape[1])
+    z = torch.where(is_class, x, -x)  # p_t = sigmoid(z)
+    alpha_t = torch.where(is_class, alpha, 1 - alpha)
+    loss = -(alpha_t * (-z).sigmoid()**gamma * F.logsigmoid(z)).sum() * float(scale)
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+def greedy_nms(boxes, scores, groups, iou_threshold):
+    """Which boxes survive NMS, by torchvision's CPU `nms`, group by group; negative: padding."""
+    device, boxes, scores, groups = boxes.device, boxes.cpu(), scores.cpu(), groups.cpu()
+    order = scores.argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]  # each group side by side, best first
+    names, sizes = groups[order].unique_consecutive(return_counts=True)
+    keep = torch.zeros(len(boxes), dtype=torch.bool)
+    for name, members in zip(names.tolist(), order.split(sizes.tolist())):
+        if name >= 0:
+            falling = -torch.arange(len(members), dtype=boxes.dtype)  # the order without ties
+            keep[members[torchvision.ops.nms(boxes[members], falling, iou_threshold)]] = True
+    return keep.to(device)
 
 
 # --- processes ----------------------------------------------------------------------------------

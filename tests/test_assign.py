@@ -134,17 +134,6 @@ def test_targets_hold_the_centerness_of_positives_and_zero_at_background():
 
 # --- batches ------------------------------------------------------------------------------------
 
-def test_images_of_a_batch_do_not_see_each_other():
-    locations = make_locations(64, 64)
-    boxes = [torch.tensor([[0.0, 0, 30, 30]]), torch.zeros(0, 4),
-             torch.tensor([[20.0, 20, 60, 60]])]
-    labels = [torch.tensor([1]), torch.zeros(0, dtype=torch.int64), torch.tensor([2])]
-    together = assign_targets(locations, boxes, labels)
-    for n in range(3):
-        alone = assign_targets(locations, boxes[n:n + 1], labels[n:n + 1])
-        assert all(torch.equal(a[n], b[0]) for a, b in zip(together, alone))
-
-
 def test_a_batch_without_boxes_is_all_background():
     none = torch.zeros(0, dtype=torch.int64)
     targets = assign_targets(make_locations(64, 64), [torch.zeros(0, 4)] * 2, [none] * 2)

@@ -8,15 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
 import csrc
+from conftest import ROOT, exact_focal_loss, greedy_nms
 
-ROOT = Path(__file__).parents[1]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 needs_nvcc = pytest.mark.skipif(csrc._cuda_home() is None, reason="needs a CUDA toolkit with nvcc")
@@ -64,35 +62,6 @@ def candidates(K, G, kind="random", seed=0):
     return boxes, scores, groups
 
 
-def greedy_nms(boxes, scores, groups, iou_threshold):
-    """What nms.cu computes, by torchvision's CPU `nms`, group by group."""
-    device, boxes, scores, groups = boxes.device, boxes.cpu(), scores.cpu(), groups.cpu()
-    order = scores.argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]  # each group side by side, best first
-    names, sizes = groups[order].unique_consecutive(return_counts=True)
-    keep = torch.zeros(len(boxes), dtype=torch.bool)
-    for name, members in zip(names.tolist(), order.split(sizes.tolist())):
-        if name >= 0:
-            falling = -torch.arange(len(members), dtype=torch.float32)  # the order without ties
-            keep[members[torchvision.ops.nms(boxes[members], falling, iou_threshold)]] = True
-    return keep.to(device)
-
-
-def test_greedy_nms_of_a_chain_of_ties_and_of_padding():
-    chain = torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]])  # neighbours: IoU 0.43
-    same, falling, tied = chain[[0, 0, 0]], torch.tensor([3.0, 2, 1]), torch.ones(3)
-    for boxes, scores, groups, iou_threshold, survivors in [
-            (chain, falling, [0, 0, 0], 0.4, [0, 2]),  # a suppressed box suppresses nothing
-            (chain, falling, [0, 0, 0], 0.5, [0, 1, 2]),
-            (chain, falling, [0, 1, 0], 0.4, [0, 1, 2]),
-            (same, tied, [0, 0, 0], 0.5, [0]),  # the lower index wins
-            (same, tied, [1, 0, 0], 0.5, [0, 1]),
-            (same, falling, [-1, 0, -1], 0.5, [1]),  # padding neither survives nor suppresses
-            (same, falling, [-1, -2, -1], 0.5, [])]:
-        keep = greedy_nms(boxes, scores, torch.tensor(groups), iou_threshold)
-        assert keep.nonzero()[:, 0].tolist() == survivors, (scores, groups, iou_threshold)
-
-
 @gpu
 @pytest.mark.parametrize("K", [0, 1, 31, 64, 65, 1025, 5000, 16384, 16385, 80000])
 def test_nms_kernel_equals_greedy_nms(kernels, K):
@@ -114,17 +83,6 @@ def test_nms_kernel_takes_half_precision_scores_and_boxes_that_are_not_aligned(k
 # ---- focal loss --------------------------------------------------------------------------------
 
 
-def float64_focal_loss(logits, labels, alpha=0.25, gamma=2.0, scale=1.0):
-    """What focal_loss.cu computes: eq. 5 in float64, and its gradient in closed form."""
-    x, labels = logits.detach().double().cpu(), labels.cpu()
-    hot = labels[:, None] == torch.arange(x.shape[1])  # (R,C) is it the class of the row?
-    z = torch.where(hot, -x, x)
-    q, log_p = z.sigmoid(), torch.nn.functional.logsigmoid(-z)  # q = 1 - p_t
-    weight = torch.where(hot, alpha, 1 - alpha) * q**gamma * float(scale)
-    slope = weight * (q - gamma * (1 - q) * log_p)  # dloss/dz, as dq/dz = q (1 - q)
-    return -(weight * log_p).sum(), torch.where(hot, -slope, slope)
-
-
 def rows(R, C, dtype=torch.float32, device="cpu", spread=4.0, seed=0):
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(R, C, generator=rng) * spread
@@ -135,22 +93,11 @@ def rows(R, C, dtype=torch.float32, device="cpu", spread=4.0, seed=0):
 def assert_focal_loss_is_right(logits, labels, **options):
     loss = csrc.focal_loss(logits, labels, **options)
     grad, = torch.autograd.grad(loss, logits)
-    expected_loss, expected_grad = float64_focal_loss(logits, labels, **options)
+    expected_loss, expected_grad = exact_focal_loss(logits, labels, **options)
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[logits.dtype]
     assert loss.dtype == torch.float32 and grad.dtype == logits.dtype
     torch.testing.assert_close(loss.double().cpu(), expected_loss, rtol=1e-5, atol=1e-30)
     torch.testing.assert_close(grad.double().cpu(), expected_grad, rtol=rounding, atol=1e-6)
-
-
-@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
-def test_closed_form_of_the_focal_loss_equals_its_definition_and_autograd(gamma):
-    logits, labels = rows(31, 5, torch.float64)
-    hot = labels[:, None] == torch.arange(5)
-    p_t = torch.where(hot, logits.sigmoid(), (-logits).sigmoid())
-    loss = -(torch.where(hot, 0.25, 0.75) * (1 - p_t)**gamma * p_t.log()).sum()
-    grad, = torch.autograd.grad(loss, logits)
-    got = float64_focal_loss(logits, labels, gamma=gamma)
-    torch.testing.assert_close(got, (loss.detach(), grad))
 
 
 @gpu
@@ -187,7 +134,7 @@ def test_focal_loss_can_be_differentiated_twice_over_a_retained_graph(kernels):
     first, = torch.autograd.grad(loss, logits, retain_graph=True)
     second, = torch.autograd.grad(loss, logits)
     assert first.equal(second)
-    expected = 3 * float64_focal_loss(logits, labels)[1]
+    expected = 3 * exact_focal_loss(logits, labels)[1]
     torch.testing.assert_close(first.double().cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -395,13 +342,6 @@ def test_a_failed_build_is_told_in_one_line_and_tried_again_later(pretend, monke
     assert not csrc.available() and len(caplog.records) == 1  # the other ranks are silent
     monkeypatch.delenv("BUILD_ERROR")
     assert csrc.library().read_text() == "whole"
-
-
-def test_what_is_missing_is_named_with_its_remedy(pretend, monkeypatch, caplog):
-    monkeypatch.setattr(csrc, "requirements", lambda: [("ninja", None, "pip install ninja"),
-                                                       ("the rest", "found", "")])
-    assert not csrc.available()
-    assert "missing ninja (pip install ninja)." in caplog.text
 
 
 def test_ninja_beside_python_is_found_though_it_is_not_on_the_path(monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import model as our
 from assign import make_locations
+from conftest import greedy_nms
 from data import UserError
 from model import BACKBONES, FCOS, ModelConfig, Outputs, detect
 
@@ -213,19 +214,29 @@ def test_a_box_suppresses_the_poorer_ones_of_its_class_and_image_alone():
     assert [len(image.boxes) for image in d] == [1, 1]
 
 
+def test_nms_of_a_chain_of_ties_and_of_padding():
+    chain = torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]])  # neighbours: IoU 0.43
+    same, falling, tied = chain[[0, 0, 0]], torch.tensor([3.0, 2, 1]), torch.ones(3)
+    for boxes, scores, groups, iou_threshold, survivors in [
+            (chain, falling, [0, 0, 0], 0.4, [0, 2]),  # a suppressed box suppresses nothing
+            (chain, falling, [0, 0, 0], 0.5, [0, 1, 2]),
+            (chain, falling, [0, 1, 0], 0.4, [0, 1, 2]),
+            (same, tied, [0, 0, 0], 0.5, [0]),  # the lower index wins
+            (same, tied, [1, 0, 0], 0.5, [0, 1]),
+            (same, falling, [-1, 0, -1], 0.5, [1]),  # padding neither survives nor suppresses
+            (same, falling, [-1, -2, -1], 0.5, [])]:
+        for nms in (our.nms_mask, greedy_nms):
+            keep = nms(boxes, scores, torch.tensor(groups), iou_threshold)
+            assert keep.nonzero()[:, 0].tolist() == survivors, (scores, groups, iou_threshold)
+
+
 def test_nms_of_many_groups_equals_nms_of_each_group_bit_for_bit():
     boxes, scores = torch.rand(600, 4) * 30 + torch.tensor([0, 0, 30, 30]), torch.rand(600)
     boxes[::50] = torch.tensor([1300.0, 700, 1333, 800])  # equal boxes in several groups
     groups = torch.randint(-1, 5, (600,)) * 9_999_999     # negative: padding
     kept = our.nms_mask(boxes, scores, groups, 0.6)
-    for group in groups.unique():
-        index = (groups == group).nonzero().squeeze(1)
-        expected = torch.zeros(len(index), dtype=torch.bool)
-        if group >= 0:
-            survivors = torchvision.ops.nms(boxes[index].double(), scores[index].double(), 0.6)
-            expected[survivors] = True
-            assert 0 < expected.sum() < len(index)
-        assert torch.equal(kept[index], expected)
+    assert kept.equal(greedy_nms(boxes.double(), scores, groups, 0.6))
+    assert 0 < kept.sum() < (groups >= 0).sum()
 
 
 @pytest.mark.parametrize("k", [3, 50, 5_000])

@@ -4,13 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision.ops import box_convert
 
 import data
 import evaluate
 import plots
+from conftest import truth_as_detections
 from make_shapes import make_shapes
 
 
@@ -27,14 +26,6 @@ def drawn(monkeypatch):
     panels, chart = [], plots.chart
     monkeypatch.setattr(plots, "chart", lambda new: panels.extend(new) or chart(new))
     return panels
-
-
-def detections(dataset):
-    """All true boxes as detections with score 0.9."""
-    a = dataset.annotations
-    boxes = box_convert(torch.from_numpy(a.boxes), "xyxy", "xywh").tolist()
-    return [dict(image_id=int(a.image_ids[i]), category_id=a.category_ids[label], bbox=box,
-                 score=0.9) for i, label, box in zip(a.image, a.labels, boxes)]
 
 
 def test_targets_of_the_example_are_counted_and_only_levels_that_learn_are_drawn(tmp_path, capsys):
@@ -84,7 +75,7 @@ def test_curves_are_those_of_the_runs_and_torn_lines_are_skipped(tmp_path, drawn
 
 def test_a_detection_is_judged_above_the_threshold_and_a_low_one_leaves_its_object_missed(shapes):
     dataset = data.open_split(shapes, "val")
-    found = detections(dataset)
+    found = truth_as_detections(dataset.annotations, 0.9)
     i = int(np.bincount(dataset.annotations.image).argmax())
     first, second, third = np.flatnonzero(dataset.annotations.image == i)[:3].tolist()
     found[first]["bbox"][0] += 1000  # misses
@@ -106,7 +97,7 @@ def test_pictures_of_an_evaluation_are_written_and_those_of_an_older_one_removed
     with pytest.raises(data.UserError, match="results.json: no such file"):
         plots.main(["evaluation", str(tmp_path)])
     folder.mkdir()
-    for name, results in (("all right", detections(dataset)), ("none", [])):
+    for name, results in (("all right", truth_as_detections(a, 0.9)), ("none", [])):
         (folder / "results.json").write_text(json.dumps(results))
         plots.main(["evaluation", str(tmp_path)])
         pictures = {path.stem for path in folder.glob("*.png")}
@@ -115,10 +106,3 @@ def test_pictures_of_an_evaluation_are_written_and_those_of_an_older_one_removed
     for panel in drawn:
         assert (min(panel.x_ticks), max(panel.y_ticks)) == (0, 1)
     assert all((y == 1).all() for _, y in drawn[0].curves.values())
-
-
-@pytest.mark.parametrize("name", ["picture", "x.xyz", ".", ""])
-def test_a_name_that_is_no_picture_s_is_refused(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(data.UserError, match="must end in .png"):
-        plots.main(["losses", "--out", name])
