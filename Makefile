@@ -43,10 +43,11 @@ LAUNCH   = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) --rdzv-backen
            --rdzv-endpoint $(MASTER)
 endif
 
-# What eval, predict, plots and export take: WEIGHTS, else RUN, else the last run trained.
+# What eval, predict and export take: WEIGHTS, else RUN, else the last run trained.
 LAST   = $(patsubst %/,%,$(dir $(firstword $(shell ls -t runs/*/checkpoint-*.pt 2>/dev/null))))
 NO_RUN = $(error no run in runs/ yet: make train first, or name one with RUN=... or WEIGHTS=...)
-CHOSEN = $(call quote,$(or $(WEIGHTS),$(RUN),$(LAST),$(NO_RUN)))
+LATEST = $(call quote,$(or $(RUN),$(LAST),$(NO_RUN)))
+CHOSEN = $(if $(WEIGHTS),$(call quote,$(WEIGHTS)),$(LATEST))
 FOLDER = $(call quote,$(or $(DATA),$(error name a COCO-format folder: DATA=...)))
 
 # Passing tests leave no files: one run would leave 1 GB, and pytest keeps three.
@@ -79,7 +80,7 @@ train: $(READY) $(if $(DATA),,runs/shapes/annotations/instances_val.json)
 		$(call option,--run-dir,$(RUN)) $(ARGS)
 
 resume: $(READY)
-	$(LAUNCH) train.py --resume --run-dir $(call quote,$(or $(RUN),$(LAST),$(NO_RUN))) $(ARGS)
+	$(LAUNCH) train.py --resume --run-dir $(LATEST) $(ARGS)
 
 eval: $(READY) $(filter $(TORCHVISION),$(WEIGHTS))
 	$(LAUNCH) evaluate.py $(CHOSEN) $(call option,--data,$(DATA)) $(ARGS)
@@ -92,8 +93,8 @@ check: $(READY)
 	$(PYTHON) tools/check_data.py $(FOLDER) $(MODEL) $(ARGS)
 
 plots: $(READY)
-	$(PYTHON) tools/plots.py curves $(CHOSEN)
-	$(PYTHON) tools/plots.py evaluation $(CHOSEN) $(ARGS)
+	$(PYTHON) tools/plots.py curves $(LATEST)
+	$(PYTHON) tools/plots.py evaluation $(LATEST) $(ARGS)
 
 export: $(READY)
 	$(PYTHON) tools/export.py $(CHOSEN) $(ARGS)

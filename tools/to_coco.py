@@ -4,7 +4,8 @@
     python tools/to_coco.py SRC --out DIR         elsewhere
 
     YOLO   images/train/ + labels/train/*.txt, or train/images/ + train/labels/*.txt, or
-           images/ + labels/*.txt (one split, train); names in classes.txt or data.yaml
+           images/ + labels/*.txt (the split train; val is yours to make); names in classes.txt
+           or data.yaml
     VOC    Annotations/*.xml, JPEGImages/, ImageSets/Main/{train,val}.txt
 
 Images are not copied: where the split's folder is not at hand, DIR/<split> becomes a link to it.
@@ -28,7 +29,7 @@ import evaluate  # noqa: E402
 from data import UserError, read_annotations, upright  # noqa: E402
 from model import atomic_write  # noqa: E402
 
-YAML_NAME = r"""\s*(?:-|(\d+):)\s+(["']?)(\w[\w ./()&+-]*)\2\s*"""  # - a or 0: "a"
+YAML_NAME = r"""( *)(?:-|(\d+):)\s+(["']?)(\w[\w ./()&+-]*)\3\s*"""  # - a or 0: "a"
 
 
 def read_text(path: Path) -> str:
@@ -71,15 +72,17 @@ def yolo_names(src: Path) -> dict[int, str]:
 def yaml_names(path: Path) -> dict[int, str]:
     """`names:` as [a, b], or a line for each, - a or 0: a. Anything else is refused."""
     text = re.sub("(?<![^ \n])#.*", "", read_text(path))  # without comments
-    blocks = re.findall(r"^names:(.*(?:\n[^\w\n].*|\n)*)", text, re.M)
+    blocks = re.findall(r"^names:(.*(?:\n[^\w\n].*|\n)*)(?=\w[^\n]*:|\Z)", text, re.M)
     if not blocks and "names" not in text:
         return {}
     flow = re.fullmatch(r"\s*\[([^]]+?),?\s*\]\s*", blocks[0]) if blocks else None
-    lines = [f"- {name}" for name in flow[1].split(",")] if flow else "".join(blocks).split("\n")
+    lines = ([f"- {name.strip()}" for name in flow[1].split(",")] if flow else
+             "".join(blocks).split("\n"))
     items = [re.fullmatch(YAML_NAME, line) for line in filter(str.strip, lines)]
-    names = {int(item[1] or n): item[3].strip() for n, item in enumerate(filter(None, items))}
+    names = {int(item[2] or n): item[4].strip() for n, item in enumerate(filter(None, items))}
+    forms = {(item[1], not item[2]) for item in filter(None, items)}  # indentation, - or a number
     count = re.search(r"^nc:\s*(\d+)", text, re.M)
-    if (len(blocks) != 1 or not names or len(names) < len(items)
+    if (len(blocks) != 1 or len(forms) != 1 or len(names) < len(items)
             or count and int(count[1]) != len(names)):
         raise UserError(f"{path}: its names are not understood; put them into "
                         f"{path.parent / 'classes.txt'}, one a line")
