@@ -8,7 +8,7 @@
  2. *Sample*: what a step sees is a pure function of (seed, step): which images, at which size,
     flipped or not. So a resumed run goes on exactly as it would have, and any number of
     processes sees the same global batches.
- 3. *Load*: decode, resize as uint8 with antialiasing, flip, pad. The device makes floats of it.
+ 3. *Load*: decode, resize as uint8 with antialiasing, flip, pad. The model converts to float.
 
 `tools/check_data.py` says more about a data set than the reader, and can repair it.
 
@@ -196,7 +196,7 @@ def learnable(annotations: Annotations) -> np.ndarray:
 # --- 2. sampling --------------------------------------------------------------------------------
 
 class Request(NamedTuple):
-    """One image as a step wants it."""
+    """What to load for one image of a batch."""
     index: int                # of the image in its split
     flip: bool
     size: tuple[int, int]     # height, width after resizing
@@ -448,7 +448,7 @@ def as_rgb(image: Image.Image) -> Tensor:
 
 
 def own_process_group(worker):
-    """Ctrl-C goes to the whole group; training itself decides when its workers end."""
+    """Leave the terminal's process group, so that Ctrl-C reaches the training process alone."""
     os.setpgrp()
 
 
@@ -459,7 +459,7 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
         requests = fitting(requests, num_workers)
         workers = dict(num_workers=num_workers, timeout=LOADER_TIMEOUT,
                        worker_init_fn=own_process_group, multiprocessing_context="fork" if
-                       sys.platform == "linux" else None)  # a forkserver's would outlive a kill
+                       sys.platform == "linux" else None)  # a forkserver's outlive a killed run
     loader = iter(DataLoader(dataset, batch_size=None, sampler=requests, pin_memory=pin_memory,
                              **workers))
     if num_workers:  # torch's handler would raise in the middle of a step
@@ -479,7 +479,7 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
 
 
 def fitting(requests, num_workers: int):
-    """Pass requests on while their batches fit into /dev/shm; workers hang when it is full."""
+    """Yield the requests, but raise before their batches fill /dev/shm: workers would hang."""
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     processes = num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for request in requests:

@@ -94,7 +94,7 @@ def print0(text, transient=False):
 
 
 def run_program(main):
-    """Run a command-line program; an error of the user's ends it with one sentence."""
+    """Run a command-line program; a UserError ends it with one sentence, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a class name may not fit the terminal
     try:
@@ -109,8 +109,8 @@ def run_program(main):
                 "DefaultCPUAllocator" not in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        sentence = (f"error: out of memory ({reason}); lower the number of images at once "
-                    "(--batch-size, --microbatch) or their size")
+        sentence = (f"error: out of memory ({reason}); lower --microbatch in training, "
+                    "--batch-size in evaluation, or the images' size")
     except KeyboardInterrupt:
         sys.exit(130)
     try:  # all processes usually fail alike: print it once
@@ -162,7 +162,6 @@ class Detector:
         self.model.to(self.device, memory_format=torch.channels_last)
         self.seen, self.graphs, self.pool = Counter(), OrderedDict(), None
 
-    @torch.no_grad()
     def __call__(self, image, threshold: float = 0.0, tta: bool = False):
         """The objects with a score of at least `threshold` in an image, in its own pixels.
 
@@ -192,7 +191,6 @@ class Detector:
         return NamedDetections(d.boxes[keep], d.scores[keep], labels,
                                [self.categories["names"][label] for label in labels])
 
-    @torch.no_grad()
     def detect_batch(self, images: Tensor, sizes: Tensor) -> list[Detections]:
         """Detections in pixels of the canvas, on the CPU. images (N, 3, H, W), sizes (N, 2)."""
         found = suppress(*self.candidates(images, sizes), self.config)

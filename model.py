@@ -137,7 +137,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Returns the dtype of its input. On a GPU, autocast would return float32: twice the memory."""
+    """In the dtype of its input; autocast on a GPU would return float32, at twice the memory."""
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)
@@ -192,7 +192,7 @@ def load_backbone_weights(body: nn.Module, config: ModelConfig, weights: str):
     else:
         state = read_archive(weights)
     state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
-    load_weights(body, state, f"{weights} is not the weights of a {name}")
+    load_weights(body, state, f"{weights} does not fit a {name}")
 
 
 def download(entry, remedy: str) -> dict[str, Tensor]:
@@ -321,7 +321,7 @@ class FCOS(nn.Module):
             rows = torch.arange(x.shape[2], device=x.device) < image_sizes[:, :1]     # (N, H)
             columns = torch.arange(x.shape[3], device=x.device) < image_sizes[:, 1:]  # (N, W)
             x = x * (rows[:, None, :, None] & columns[:, None, None, :])
-        weight = self.head.cls_logits.weight  # else every convolution converts its input
+        weight = self.head.cls_logits.weight  # in its format, or every convolution converts it
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.to(weight.dtype, memory_format=torch.channels_last if channels_last
                     else torch.contiguous_format)
@@ -367,14 +367,15 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     k, S = config.candidates_per_level, len(locations.grids)
     centerness = outputs.centerness.sigmoid()[..., None]                           # (N, L, 1)
 
-    # The top k of a level's H*W*C scores are at the k locations with the best top class.
+    # The top k of a level's H*W*C scores are at the k locations with the best top class. So two
+    # top-k: of locations by their top class, then of the (location, class) pairs at those.
     top_class = outputs.logits.amax(-1, keepdim=True)                              # (N, L, 1)
-    best = final_scores(top_class, centerness, config).squeeze(-1)                 # (N, L)
+    top_score = final_scores(top_class, centerness, config).squeeze(-1)            # (N, L)
     counts = [width * height for width, height in locations.grids]
-    longest = torch.sym_max(k, counts[0])
-    best = torch.stack([nn.functional.pad(level, (0, longest - level.shape[1]), value=-1.0)
-                        for level in best.split(counts, dim=1)], dim=1)            # (N, S, longest)
-    best, location = best.topk(k, sorted=False)                                    # (N, S, k)
+    longest = torch.sym_max(k, counts[0])  # sizes are symbols under torch.export
+    levels = torch.stack([nn.functional.pad(level, (0, longest - level.shape[1]), value=-1.0)
+                          for level in top_score.split(counts, dim=1)], dim=1)     # (N, S, longest)
+    best, location = levels.topk(k, sorted=False)                                  # (N, S, k)
     location = (location + locations.first[:, None]).clamp(max=L - 1).flatten(1)   # (N, S*k)
 
     def at(x, location):

@@ -19,6 +19,7 @@ the same weights.
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import inspect
@@ -31,7 +32,6 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -183,7 +183,7 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
     total = 0
     for m, target in zip(microbatches, targets):
         last = m is microbatches[-1]
-        with nullcontext() if world == 1 or last else network.no_sync():
+        with contextlib.nullcontext() if world == 1 or last else network.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 outputs = network(m.images, m.sizes)
             losses = fcos_loss(outputs, target, config.box_loss, norm,
@@ -273,7 +273,7 @@ class Run(NamedTuple):
     validation: data.CocoDataset | None  # None: do not evaluate
     categories: dict                     # "ids" and "names", C each
     sampler: data.TrainSampler
-    microbatches: int                    # of each process in a step
+    num_microbatches: int                # of each process in a step
     model: FCOS
     network: nn.Module                   # the model, compiled and distributed
     optimizer: torch.optim.Optimizer
@@ -291,7 +291,7 @@ def not_finite(run: Run, step: int, losses: dict) -> UserError:
 
 
 class Progress:
-    """How far a run is: reads losses, prints the progress line, writes RUN/metrics.jsonl."""
+    """Losses since the last line, the progress line, RUN/metrics.jsonl."""
 
     def __init__(self, run: Run, checkpoint: dict | None):
         self.run, self.path = run, run.folder / "metrics.jsonl"
@@ -313,7 +313,7 @@ class Progress:
             atomic_write(self.path, lambda file: file.write(text.encode()))
 
     def due(self, every: int) -> bool:
-        """Whether it is time for what happens every so many steps, and after the last one."""
+        """True every `every` steps and after the last step of the run."""
         return self.step == self.run.config.steps or self.step > 0 and self.step % every == 0
 
     def push(self, total: Tensor, stop: bool):
@@ -380,14 +380,14 @@ def read_metrics(folder: Path) -> list[dict]:
     """RUN/metrics.jsonl without lines that are torn or not ours."""
     path, entries = folder / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError):
             entry = json.loads(line)
             entries += [entry] if type(entry.get("step")) is int else []
     return entries
 
 
 def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
-    """Set up the data, then the model and the optimizer, then what compiles and distributes."""
+    """Build the data, the model and the optimizer; compile and distribute the network."""
     world = rank_and_world()[1]
     dataset = data.open_split(config.data, "train", config.train_split)
     annotations, images = dataset.annotations, dataset.with_boxes()
@@ -443,13 +443,13 @@ def loop(run: Run, progress: Progress, stop_signals: list):
     """Steps until the end, or until a signal."""
     config, (rank, world) = run.config, rank_and_world()
     steps = range(progress.step, config.steps)
-    requests = data.microbatches(run.sampler, steps, run.microbatches, rank, world)
-    batches = data.batches(run.dataset, requests, config.num_workers, run.device.type == "cuda")
+    requests = data.microbatches(run.sampler, steps, run.num_microbatches, rank, world)
+    loader = data.batches(run.dataset, requests, config.num_workers, run.device.type == "cuda")
     stream = torch.cuda.Stream() if run.device.type == "cuda" else None  # of copies to the device
     evaluate_step(run, progress)  # if it was due and not done before an interruption
     for step in steps:
         waiting = time.monotonic()
-        microbatches = [next(batches).to(run.device, stream) for _ in range(run.microbatches)]
+        microbatches = [next(loader).to(run.device, stream) for _ in range(run.num_microbatches)]
         progress.waited += time.monotonic() - waiting
         torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for a dropout, if you add one
         total = training_step(run.network, run.optimizer, microbatches, lr_at(step, config), config)
@@ -500,7 +500,7 @@ def evaluate_step(run: Run, progress: Progress):
     metrics = evaluate.evaluate(
         detector, run.validation,
         run.folder if step == config.steps else None,  # full report only at the end
-        batch_size=min(8, config.batch_size // (rank_and_world()[1] * run.microbatches)),
+        batch_size=min(8, config.batch_size // (rank_and_world()[1] * run.num_microbatches)),
         num_workers=config.num_workers)
     if metrics:  # on rank 0
         figures = metrics["figures"]
@@ -533,7 +533,7 @@ def catch_signals() -> list:
 
 
 def count_microbatches(config: TrainConfig, world: int) -> int:
-    """Into how many microbatches a process cuts its part of the batch."""
+    """Microbatches of each process in a step: as few as --microbatch allows."""
     if config.batch_size % world:
         raise UserError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} "
                         f"processes; use GPUS={math.gcd(config.batch_size, world)}, or change "
@@ -549,12 +549,12 @@ def print_plan(run: Run):
     device = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
               f"CPU ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})")
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    images = config.batch_size // (world * run.microbatches)
+    images = config.batch_size // (world * run.num_microbatches)
     epochs = config.steps * config.batch_size / len(run.sampler.images)
     print0(f"{device}, {dtype_of(config.precision, run.device)}; {config.model.backbone}, "
            f"{parameters:.1f} M parameters; run folder {run.folder}\n"
            f"{config.steps} steps of {config.batch_size} images (processes {world}, microbatches "
-           f"{run.microbatches} of {images}): {epochs:.1f} epochs"
+           f"{run.num_microbatches} of {images}): {epochs:.1f} epochs"
            f"{'; --epochs N makes it fewer' if epochs > 100 else ''}; warm-up "
            f"{min(config.warmup_steps, config.steps // 10)} steps, evaluation every "
            f"{config.eval_every}")
@@ -588,7 +588,7 @@ def count_without_location(dataset: data.CocoDataset, config: TrainConfig):
 # --- command line -------------------------------------------------------------------------------
 
 def parse_arguments(argv):
-    """A preset, and an option for every field of both configurations; help is their comments."""
+    """A preset, and an option for every field of both configurations."""
     name = argv[0] if argv and argv[0] in PRESETS else "demo"
     config = PRESETS[name]
     parser = argparse.ArgumentParser(
@@ -621,7 +621,7 @@ def add_options(group, config):
     """An option for every field of a configuration; its help is the comment behind the field."""
     source = inspect.getsource(type(config))
     for f in fields(config):
-        comment = re.search(rf"^    {f.name}: .*?  # (.+(?:\n    #   .+)*)$", source, re.M)
+        comment = re.search(rf"^    {f.name}: .*? # (.+(?:\n    #   .+)*)$", source, re.M)
         if comment and f.name != "num_classes":  # which is the data's
             kind, default = type(f.default), getattr(config, f.name)
             options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}

@@ -388,7 +388,7 @@ def test_backbone_weights_are_those_of_torchvision_s_classifier_or_refused(tmp_p
     torch.save(state, file)
     body = our.Backbone(SMALL, file).body.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in body.items())
-    with pytest.raises(UserError, match="resnet18.pth is not the weights of a resnet50") as error:
+    with pytest.raises(UserError, match="resnet18.pth does not fit a resnet50") as error:
         our.Backbone(ModelConfig(), file)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     for config in (ModelConfig(backbone="resnet10"), ModelConfig(backbone_norm="group")):
