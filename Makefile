@@ -103,7 +103,7 @@ test: $(READY)
 	$(PYTEST) tests
 
 test-gpu: $(READY)
-	$(PYTEST) tests/test_csrc.py tests/test_model.py -rs
+	$(PYTEST) tests/test_csrc.py tests/test_model.py tests/test_evaluate.py -rs
 
 bench: $(READY)
 	$(PYTHON) tools/benchmark.py $(ARGS)

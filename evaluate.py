@@ -221,7 +221,8 @@ class Detector:
         if self.device.type != "cuda" or len(images) > 4 or self.seen[shape] < 3:
             return run(*(x.to(self.device, non_blocking=True) for x in (images, sizes)))
         if shape not in self.graphs:
-            inputs = [torch.empty_like(x, device=self.device) for x in (images, sizes)]
+            with torch.inference_mode(False):  # the buffers outlive a caller's inference mode
+                inputs = [torch.empty_like(x, device=self.device) for x in (images, sizes)]
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # thread_local: a loader's thread may pin memory meanwhile

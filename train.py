@@ -188,7 +188,8 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
                 outputs = network(m.images, m.sizes)
             losses = fcos_loss(outputs, target, config.box_loss, norm,
                                locations.stride if config.model.box_unit == "stride" else None)
-            (world * sum(losses.values())).backward()  # DDP averages; parts of one loss add up
+            loss = sum(losses.values())
+            loss.backward(torch.full_like(loss, world))  # DDP averages; parts of one loss add up
         total = total + torch.stack([*losses.values()]).detach()                 # (3,)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -250,6 +250,21 @@ def test_a_detector_takes_an_image_in_any_form(detector, tmp_path):
         assert box == d.boxes[i].tolist() and score == d.scores[i] and name == SHAPES[d.labels[i]]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_cuda_graph_finds_what_the_network_finds_and_outlives_inference_mode():
+    model = FCOS(SMALL)
+    captured = Detector(model, CATEGORIES, "cuda", "fp32")
+    images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(5)]
+    with torch.inference_mode():
+        found = captured(images[:4])  # from the third on, by a graph
+    assert len(captured.graphs) == 1
+    for image, d in zip(images, [*found, captured(images[4])]):
+        eager = Detector(model, CATEGORIES, "cuda", "fp32")(image)
+        assert len(d) > 5 and d.names == eager.names
+        torch.testing.assert_close(d.scores, eager.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(d.boxes, eager.boxes, rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("image", [
     np.zeros((9, 9, 3)), torch.zeros(9, 9, 3, dtype=torch.uint8), np.zeros((9, 9), np.uint8),
     np.zeros((0, 9, 3), np.uint8)],

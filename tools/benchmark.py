@@ -15,7 +15,7 @@ behind a wait that lets the host enqueue every call first; each call has an inpu
 none is in the L2 cache. On a GPU machine, in this order, with what has to hold on an H100:
 
     python -m csrc --build
-    python -m pytest -q tests/test_csrc.py tests/test_model.py -rs
+    make test-gpu
     python tools/benchmark.py --only nms focal
         # NMS: 3x batched_nms at 1 x 5,000 and 16 x 5,000; not slower in one group of 80,000
         # focal loss + gradient: at most 1.3 copies of the logits (0.77x); 10x sigmoid_focal_loss
