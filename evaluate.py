@@ -15,7 +15,7 @@ and in Python:
 Figures are pycocotools'. "AP" is the average over the IoU thresholds 0.50, 0.55, .. 0.95; "AP50"
 is at 0.5 alone.
 
-Letters: N images of a batch, K detections, I images of a split.
+Letters: N images of a batch, D detections of an image, I images of a split.
 """
 
 import argparse
@@ -135,10 +135,10 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 @dataclass
 class NamedDetections:
     """The objects in one image, best first. Iterating gives (box, score, name)."""
-    boxes: Tensor     # (K, 4) xyxy in the image's own pixels
-    scores: Tensor    # (K,)
-    labels: Tensor    # (K,) index of the category
-    names: list[str]  # K
+    boxes: Tensor     # (D, 4) xyxy in the image's own pixels
+    scores: Tensor    # (D,)
+    labels: Tensor    # (D,) index of the category
+    names: list[str]  # D
 
     def __iter__(self):
         return zip(self.boxes.tolist(), self.scores.tolist(), self.names)
@@ -165,8 +165,8 @@ class Detector:
     def __call__(self, image, threshold: float = 0.0, tta: bool = False):
         """The objects with a score of at least `threshold` in an image, in its own pixels.
 
-        `image`: a path, PIL image, numpy array (H, W, 3) or tensor (3, H, W), RGB uint8, of any
-        size; or a list of them, for a list of NamedDetections.
+        `image`: a path (turned as its EXIF note says), PIL image, numpy array (H, W, 3) or tensor
+        (3, H, W), RGB uint8, of any size; or a list of them, for a list of NamedDetections.
         """
         if isinstance(image, (list, tuple)):
             return [self(one, threshold, tta) for one in image]

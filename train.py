@@ -340,7 +340,7 @@ class Progress:
                 self.stop_at = min(self.stop_at, step + 1 + self.lag)
             if not all(map(math.isfinite, losses)):
                 self.savable = False
-                raise not_finite(self.run, step, dict(zip(TERMS, losses, strict=True)))
+                raise not_finite(self.run, step, dict(zip(TERMS, losses)))
             self.losses.append(losses)
 
     def log(self):
@@ -355,7 +355,8 @@ class Progress:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             memory *= 1 if sys.platform == "darwin" else 1024
         lr = lr_at(step - 1, config)
-        terms = {name: sum(x) / len(x) for name, x in zip(TERMS, zip(*self.losses))}
+        terms = {name: sum(x) / len(x)
+                 for name, x in zip(TERMS, zip(*self.losses), strict=True)}
         loss = sum(terms.values())
         print0(f"step {step}/{config.steps} | loss {loss:.4f} | lr {lr:.1e} | {speed:.1f} images/s "
                f"| data wait {self.waited / seconds:.0%} | {memory / 2**30:.1f} GB | {left} left",
@@ -388,8 +389,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
-    """Build the data, the model and the optimizer; compile and distribute the network."""
-    world = rank_and_world()[1]
+    """Build the data, the model and the optimizer."""
     dataset = data.open_split(config.data, "train", config.train_split)
     annotations, images = dataset.annotations, dataset.with_boxes()
     categories = {"ids": annotations.category_ids, "names": annotations.category_names}
@@ -407,7 +407,7 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
         config, steps=steps, eval_every=config.eval_every or math.ceil(steps / 5),
         data=os.path.abspath(config.data),  # usable from another folder
         model=replace(config.model, num_classes=len(categories["ids"])))
-    count = count_microbatches(config, world)
+    count = count_microbatches(config, rank_and_world()[1])
     sampler = data.TrainSampler(annotations.sizes, images, config)
 
     torch.manual_seed(config.seed)
@@ -420,24 +420,28 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
     optimizer = build_optimizer(model, config)
     if checkpoint:
         restore(checkpoint, folder, model, optimizer, dataset)
-
-    network = model
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        first = range(min(steps, 500))
-        canvases = {sampler.global_batch(step)[0].canvas for step in first}
-        print0(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
-               f"the first {len(first)} steps")
-        torch._dynamo.config.recompile_limit = 64
-        # once for every canvas
-        network = torch.compile(network, dynamic=False, options=COMPILE_OPTIONS)
-    if world > 1:
-        network = DistributedDataParallel(
-            network, device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers are frozen
+    network = compile_and_distribute(model, config, sampler, device)
     run = Run(folder, config, device, dataset, validation, categories, sampler, count, model,
               network, optimizer)
     print_plan(run)
     return run
+
+
+def compile_and_distribute(model: FCOS, config: TrainConfig, sampler, device) -> nn.Module:
+    """The network that a training step calls: the model itself, compiled, in DDP, or both."""
+    network = model
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        first = range(min(config.steps, 500))
+        canvases = {sampler.global_batch(step)[0].canvas for step in first}
+        print0(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
+               f"the first {len(first)} steps")
+        torch._dynamo.config.recompile_limit = 64
+        network = torch.compile(network, dynamic=False, options=COMPILE_OPTIONS)
+    if rank_and_world()[1] > 1:
+        network = DistributedDataParallel(
+            network, device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers are frozen
+    return network
 
 
 def loop(run: Run, progress: Progress, stop_signals: list):
