@@ -124,7 +124,8 @@ demo = replace(
     weight_decay=0.05, warmup_steps=50, schedule="cosine", grad_clip=2.0, compile="off",
     train_short_sides=(224, 288), canvas_sides=0, num_workers=0,
     model=ModelConfig(backbone="resnet10", backbone_norm="group", frozen_stages=0, channels=64,
-                      tower_depth=2, short_side=280, long_side=440, enlarge=False, **IMPROVED))
+                      tower_depth=2, short_side=280, long_side=440, enlarge=False,
+                      box_unit="stride", centerness_on_box_tower=True))
 PRESETS = {
     "demo": demo,
     "fcos_R_50_FPN_1x": base,
