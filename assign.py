@@ -55,6 +55,7 @@ class Targets(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cache outlives a caller's inference mode
 def make_locations(height, width, strides=STRIDES, offset=0.5, device="cpu") -> Locations:
     """The locations of a padded image of `height` x `width` pixels. Cached: do not write to them.
 

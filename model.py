@@ -321,7 +321,7 @@ class FCOS(nn.Module):
             rows = torch.arange(x.shape[2], device=x.device) < image_sizes[:, :1]     # (N, H)
             columns = torch.arange(x.shape[3], device=x.device) < image_sizes[:, 1:]  # (N, W)
             x = x * (rows[:, None, :, None] & columns[:, None, None, :])
-        weight = self.head.cls_logits.weight  # in its format, or every convolution converts it
+        weight = self.head.cls_logits.weight  # x takes its format: no convolution converts x
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.to(weight.dtype, memory_format=torch.channels_last if channels_last
                     else torch.contiguous_format)

@@ -689,7 +689,7 @@ def lock(folder: Path, fresh: bool):
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"{folder}: another process is training here; choose another folder "
                             "with RUN=... (--run-dir)") from None
         except OSError as error:  # a network drive, for example

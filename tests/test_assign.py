@@ -134,6 +134,12 @@ def test_targets_hold_the_centerness_of_positives_and_zero_at_background():
 
 # --- batches ------------------------------------------------------------------------------------
 
+def test_locations_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        locations = make_locations(24, 1000)  # not cached yet
+    assert not any(x.is_inference() for x in locations if isinstance(x, torch.Tensor))
+
+
 def test_a_batch_without_boxes_is_all_background():
     none = torch.zeros(0, dtype=torch.int64)
     targets = assign_targets(make_locations(64, 64), [torch.zeros(0, 4)] * 2, [none] * 2)

@@ -250,6 +250,13 @@ def test_a_detector_takes_an_image_in_any_form(detector, tmp_path):
         assert box == d.boxes[i].tolist() and score == d.scores[i] and name == SHAPES[d.labels[i]]
 
 
+def test_an_opened_image_of_16_bits_is_read_like_its_file(detector, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2**16, (40, 50), dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    opened, read = detector([Image.open(tmp_path / "deep.png"), tmp_path / "deep.png"])
+    assert torch.equal(opened.scores, read.scores) and torch.equal(opened.boxes, read.boxes)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_cuda_graph_finds_what_the_network_finds_and_outlives_inference_mode():
     model = FCOS(SMALL)

@@ -50,6 +50,12 @@ def test_an_unknown_box_loss_is_refused_by_name():
 
 # --- focal loss ---------------------------------------------------------------------------------
 
+def test_the_focal_loss_of_a_hand_worked_case():
+    loss = focal_loss(torch.tensor([[0.0], [math.log(3)]]), torch.tensor([0, -1]))
+    # p_t = 1/2 of an object, 1/4 of a background
+    assert loss.item() == pytest.approx(0.25 / 4 * math.log(2) + 0.75 * 9 / 16 * math.log(4))
+
+
 @pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.4, 1.5), (0.5, 0.0)])
 def test_the_focal_loss_and_its_gradient_equal_their_definition(alpha, gamma):
     logits = (torch.randn(40, 5) * 4).requires_grad_()
