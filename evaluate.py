@@ -25,6 +25,7 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR 1", "A
            "AR small", "AR medium", "AR large")     # the order of COCOeval.stats
 TTA_SCALES = tuple(n / 8 for n in range(4, 13))     # of the usual size: 400, 500, .. 1200 for 800
 MAX_GRAPHS = 16                                     # CUDA graphs that a detector keeps
+GRAPH_LOCK = threading.Lock()                       # threads would overwrite a graph's buffers
 
 # --- processes ----------------------------------------------------------------------------------
 
@@ -220,24 +222,25 @@ class Detector:
         self.seen[shape] += 1
         if self.device.type != "cuda" or len(images) > 4 or self.seen[shape] < 3:
             return run(*(x.to(self.device, non_blocking=True) for x in (images, sizes)))
-        if shape not in self.graphs:
-            with torch.inference_mode(False):  # the buffers outlive a caller's inference mode
-                inputs = [torch.empty_like(x, device=self.device) for x in (images, sizes)]
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: a loader's thread may pin memory meanwhile
-            with torch.cuda.graph(graph, self.pool, torch.cuda.Stream(self.device),
-                                  capture_error_mode="thread_local"):
-                found = run(*inputs)
-            self.graphs[shape] = graph, inputs, found, locations  # all must stay alive
-        self.graphs.move_to_end(shape)
-        if len(self.graphs) > MAX_GRAPHS:
-            self.graphs.popitem(last=False)  # the least recently used one
-        graph, inputs, found, _ = self.graphs[shape]
-        for x, new in zip(inputs, (images, sizes)):
-            x.copy_(new, non_blocking=True)
-        graph.replay()
-        return tuple(x.clone() for x in found)  # the next replay writes there
+        with GRAPH_LOCK:
+            if shape not in self.graphs:
+                with torch.inference_mode(False):  # the buffers outlive a caller's inference mode
+                    inputs = [torch.empty_like(x, device=self.device) for x in (images, sizes)]
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                graph = torch.cuda.CUDAGraph()
+                # thread_local: a loader's thread may pin memory meanwhile
+                with torch.cuda.graph(graph, self.pool, torch.cuda.Stream(self.device),
+                                      capture_error_mode="thread_local"):
+                    found = run(*inputs)
+                self.graphs[shape] = graph, inputs, found, locations  # all must stay alive
+            self.graphs.move_to_end(shape)
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)  # the least recently used one
+            graph, inputs, found, _ = self.graphs[shape]
+            for x, new in zip(inputs, (images, sizes)):
+                x.copy_(new, non_blocking=True)
+            graph.replay()
+            return tuple(x.clone() for x in found)  # the next replay writes there
 
 
 def load_detector(path, device=None, precision: str = "auto") -> Detector:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -258,14 +259,16 @@ def test_an_opened_image_of_16_bits_is_read_like_its_file(detector, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_cuda_graph_finds_what_the_network_finds_and_outlives_inference_mode():
+def test_a_cuda_graph_finds_what_the_network_finds_and_outlives_inference_mode_and_serves_threads():
     model = FCOS(SMALL)
     captured = Detector(model, CATEGORIES, "cuda", "fp32")
     images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(5)]
     with torch.inference_mode():
         found = captured(images[:4])  # from the third on, by a graph
     assert len(captured.graphs) == 1
-    for image, d in zip(images, [*found, captured(images[4])]):
+    with ThreadPoolExecutor(4) as threads:
+        found += threads.map(captured, 8 * images)
+    for image, d in zip(images[:4] + 8 * images, found, strict=True):
         eager = Detector(model, CATEGORIES, "cuda", "fp32")(image)
         assert len(d) > 5 and d.names == eager.names
         torch.testing.assert_close(d.scores, eager.scores, rtol=0, atol=1e-5)
