@@ -309,7 +309,8 @@ class Progress:
         self.line_step = self.step  # of the last line
         self.waited = 0.0           # seconds, for data, since the last line
         # Drop what a killed run wrote after its checkpoint.
-        self.entries = [e for e in read_metrics(run.folder) if e["step"] <= self.step]
+        self.entries = [entry for entry in from_rank_0(read_metrics, run.folder)
+                        if entry["step"] <= self.step]
         if rank_and_world()[0] == 0:
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             atomic_write(self.path, lambda file: file.write(text.encode()))
@@ -684,33 +685,48 @@ def refuse_to_overwrite(folder: Path):
 
 def lock(folder: Path, fresh: bool):
     """Claim the folder for as long as this process lives; a fresh run overwrites no other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is training here; choose another folder with "
+                        "RUN=... (--run-dir)") from None
+    except OSError as error:  # a network drive, for example
+        print0(f"warning: {folder}: cannot be locked ({error}); start no other training here")
+    if fresh:
+        refuse_to_overwrite(folder)
+    os.ftruncate(handle, 0)
+    os.write(handle, os.environ.get("TORCHELASTIC_RUN_ID", "").encode())  # for its restarts
+
+
+def from_rank_0(function, *args):
+    """Call a function in rank 0 alone; its result, or its error, is that of every process.
+
+    A network drive may show other machines an older state of the run folder.
+    """
+    result = [None]
     if rank_and_world()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder}: another process is training here; choose another folder "
-                            "with RUN=... (--run-dir)") from None
-        except OSError as error:  # a network drive, for example
-            print0(f"warning: {folder}: cannot be locked ({error}); start no other training here")
-        if fresh:
-            refuse_to_overwrite(folder)
-        os.ftruncate(handle, 0)
-        os.write(handle, os.environ.get("TORCHELASTIC_RUN_ID", "").encode())  # for its restarts
+            result = [function(*args)]
+        except (UserError, OSError) as error:
+            result = [error]
     if dist.is_initialized():
-        dist.barrier()
-        if not (folder / ".lock").exists():
-            raise UserError(f"{folder}: not the folder of rank 0; machines must share it")
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 def main():
     args = parse_arguments(sys.argv[1:])
     device = evaluate.init_distributed()
     torch.backends.cudnn.benchmark = True  # few canvases, so autotuning pays off
-    config, checkpoint = load_run(args)
+    config, checkpoint = from_rank_0(load_run, args)
     run = prepare(config, args.run_dir, device, checkpoint, args.init_from, args.skip_eval)
-    lock(run.folder, fresh=not checkpoint)
+    from_rank_0(lock, run.folder, not checkpoint)
+    if not (run.folder / ".lock").exists():  # rank 0 may be on another machine after a restart
+        raise UserError(f"{run.folder}: not the folder of rank 0; machines must share it")
     progress, stop_signals = Progress(run, checkpoint), catch_signals()
     if not checkpoint:
         save(run, progress)  # from here on the folder is this run's

@@ -119,7 +119,10 @@ def greedy_nms(boxes, scores, groups, iou_threshold):
 # --- processes ----------------------------------------------------------------------------------
 
 def start(output, *options, world=1, program="train"):
-    """Programs in processes of their own, as torchrun starts them; what they print: a file."""
+    """Programs in processes of their own, as torchrun starts them; what they print: a file.
+
+    RANK in an option becomes the number of the process.
+    """
     with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -131,7 +134,8 @@ def start(output, *options, world=1, program="train"):
             ranks = {} if world == 1 else {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            arguments = (program, [str(option) for option in options], ranks, str(output))
+            texts = [str(option).replace("RANK", str(rank)) for option in options]
+            arguments = (program, texts, ranks, str(output))
             processes.append(FORKS.Process(target=_child, args=arguments))
             processes[-1].start()
     return processes

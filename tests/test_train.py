@@ -326,12 +326,20 @@ def test_a_line_of_metrics_that_cannot_be_written_is_a_warning(dataset, tmp_path
     assert load_checkpoint(tmp_path / "run")["step"] == 2
 
 
-def test_a_machine_that_does_not_share_the_run_folder_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)
-    with pytest.raises(UserError, match="not the folder of rank 0; machines must share it"):
-        train.lock(tmp_path, fresh=True)
+def test_all_machines_see_the_run_folder_as_rank_0_does(uninterrupted, tmp_path):
+    runs = [link_copy(uninterrupted, tmp_path / f"run-{rank}") for rank in (0, 1)]
+    (runs[0] / ".lock").unlink()  # its other name is locked by this process
+    checkpoints_of(runs[0])[0].unlink()  # as a network drive may show it
+    processes = start(tmp_path / "log", "--resume", "--run-dir", tmp_path / "run-RANK", world=2)
+    assert finish(processes, timeout=30) == [0, 0], (tmp_path / "log").read_text()
+    assert_close_runs(runs[0], uninterrupted, steps=[2, 4, 6, 8, 10, 12])
+
+
+def test_a_machine_that_does_not_share_the_run_folder_is_told(dataset, tmp_path):
+    processes = start(tmp_path / "log", *TINY, "--data", dataset, "--run-dir",
+                      tmp_path / "run-RANK", world=2)
+    assert finish(processes)[1] == 1
+    assert "not the folder of rank 0; machines must share it" in (tmp_path / "log").read_text()
 
 
 def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, capsys):
