@@ -22,14 +22,15 @@ quote = '$(subst ','\'',$(1))'
 option = $(if $(2),$(1) $(call quote,$(2)))
 
 # One process for a CPU or one GPU, torchrun for more; GPUS=0 hides the GPUs. Unless GPUS is given,
-# all visible ones that share the preset's batch evenly (found out once, when first needed).
+# all visible ones; in training, those that share the batch evenly (found out once, when needed).
 ifeq ($(origin GPUS), undefined)
 COMMA   := ,
 FOUND   := $(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)))
 LISTED  := $(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES)))
-VISIBLE := $(if $(CUDA_VISIBLE_DEVICES),$(LISTED),$(FOUND))
-SHARED   = import math, train; print(math.gcd($(VISIBLE), train.PRESETS['$(MODEL)'].batch_size))
-ONCE     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(shell $(PYTHON) -c "$(SHARED)"))
+VISIBLE := $(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),$(FOUND),$(LISTED))
+BATCH    = import train; batch = train.PRESETS['$(MODEL)'].batch_size
+SHARED   = $(shell $(PYTHON) -c "$(BATCH); import math; print(math.gcd($(VISIBLE), batch))" $(OF))
+ONCE     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(or $(lastword $(SHARED)),$(VISIBLE)))
 GPUS     = $(eval GPUS := $$(ONCE))$(GPUS)
 endif
 ifneq ($(origin GPUS), file)
@@ -79,15 +80,19 @@ train: $(READY) $(if $(DATA),,runs/shapes/annotations/instances_val.json)
 	$(LAUNCH) train.py $(MODEL) --data $(call quote,$(or $(DATA),runs/shapes)) \
 		$(call option,--run-dir,$(RUN)) $(ARGS)
 
+resume: BATCH = import sys, model; \
+	batch = model.load_checkpoint(sys.argv[1])['config']['batch_size']
+resume: OF = $(LATEST)
 resume: $(READY)
 	$(LAUNCH) train.py --resume --run-dir $(LATEST) $(ARGS)
 
+eval predict: SHARED = $(VISIBLE)
 eval: $(READY) $(filter $(TORCHVISION),$(WEIGHTS))
 	$(LAUNCH) evaluate.py $(CHOSEN) $(call option,--data,$(DATA)) $(ARGS)
 
 predict: $(READY) $(filter $(TORCHVISION),$(WEIGHTS))
 	$(if $(IMAGES),,$(error name pictures: make predict IMAGES="a.jpg folder/"))
-	$(PYTHON) evaluate.py $(CHOSEN) --images $(foreach name,$(IMAGES),$(call quote,$(name))) $(ARGS)
+	$(ALONE) evaluate.py $(CHOSEN) --images $(foreach name,$(IMAGES),$(call quote,$(name))) $(ARGS)
 
 check: $(READY)
 	$(PYTHON) tools/check_data.py $(FOLDER) $(MODEL) $(ARGS)

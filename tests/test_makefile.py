@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
+import train
 from conftest import ROOT
+from model import CHECKPOINT_FORMAT, ModelConfig
 
 
 @pytest.fixture
 def dry_run(tmp_path):
     """`make -n` in an empty folder; `gpus`: how many nvidia-smi finds."""
-    def run(*arguments, gpus=0):
+    def run(*arguments, gpus=0, **environment):
         fake = tmp_path / "bin" / "nvidia-smi"
         fake.parent.mkdir(exist_ok=True)
         fake.write_text(f"#!/bin/sh\nfor i in $(seq {gpus}); do echo GPU $i: H100; done\n")
@@ -19,7 +22,7 @@ def dry_run(tmp_path):
         return subprocess.run(
             ["make", "-n", "-f", str(ROOT / "Makefile"), f"PYTHON={sys.executable}", *arguments],
             cwd=tmp_path, capture_output=True, text=True,
-            env={"PATH": f"{fake.parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)})
+            env={"PATH": f"{fake.parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environment})
 
     return run
 
@@ -35,9 +38,26 @@ def test_as_many_gpus_are_used_as_share_the_batch_evenly(dry_run, preset, gpus, 
         assert f"{sys.executable} train.py demo" in printed.stdout
 
 
+def test_evaluation_takes_all_gpus_and_resume_those_that_share_the_runs_batch(dry_run, tmp_path):
+    assert "--nproc-per-node 8" in dry_run("eval", "RUN=runs/a", gpus=8).stdout
+    run = tmp_path / "it's a run"
+    run.mkdir()
+    train.save_checkpoint(run, {
+        "format": CHECKPOINT_FORMAT, "step": 1, "model": {},
+        "categories": {"ids": [1], "names": ["cat"]},
+        "config": {"model": asdict(ModelConfig(num_classes=1)), "batch_size": 12}})
+    assert "--nproc-per-node 4" in dry_run("resume", f"RUN={run}", gpus=8).stdout
+
+
+def test_gpus_that_are_hidden_are_not_counted(dry_run):
+    for visible, launch in (("", "CUDA_VISIBLE_DEVICES= "), ("2,3", "--nproc-per-node 2")):
+        assert launch in dry_run("train", "DATA=/x", gpus=8, CUDA_VISIBLE_DEVICES=visible).stdout
+
+
 def test_gpus_that_are_given_are_taken(dry_run):
     assert "--nproc-per-node 2" in dry_run("train", "DATA=/x", "GPUS=2", gpus=8).stdout
-    assert "CUDA_VISIBLE_DEVICES= " in dry_run("train", "DATA=/x", "GPUS=0", gpus=8).stdout
+    for arguments in (["train", "DATA=/x"], ["predict", "RUN=a", "IMAGES=b"]):
+        assert "CUDA_VISIBLE_DEVICES= " in dry_run(*arguments, "GPUS=0", gpus=8).stdout
 
 
 @pytest.mark.parametrize("arguments, says", [
