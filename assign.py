@@ -19,8 +19,8 @@ locations are background. A positive location also learns its centerness (Eq. 3)
     sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))
 
 The usual implementation compares all L locations with all G boxes. Here each box visits only the
-cells it could claim, at most 4 x 4 a level with center sampling, so time and memory hardly
-depend on G. `tests/test_assign.py` compares this with the definition above.
+cells it could claim, 4 x 4 a level with center sampling of 1.5, so time and memory hardly depend
+on G. `tests/test_assign.py` compares this with the definition above.
 
 Letters: N images, L locations over all levels, G boxes of one image, B boxes of all images,
 S levels, V cells of a box's window along one axis.
@@ -44,7 +44,7 @@ class Locations(NamedTuple):
     size_range: Tensor  # (L, 2) pixels: smallest and largest max(l, t, r, b) of a positive
     grids: tuple[tuple[int, int], ...]  # S: width and height of each level, in cells
     first: Tensor       # (S,) int64: index of each level's first location
-    cells: Tensor       # (S, 2) int64: the same as a tensor
+    cells: Tensor       # (S, 2) int64: `grids` as a tensor
 
 
 class Targets(NamedTuple):

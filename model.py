@@ -127,8 +127,8 @@ class Outputs(NamedTuple):
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's frozen BatchNorm, in place: the backward pass of the convolution before it does
-    not need that output. This saves a copy for each norm, and keeps bfloat16 under autocast."""
+    """torchvision's frozen BatchNorm, in place: the backward pass of a convolution does not need
+    its output. Overwriting it saves a copy for each norm, and keeps bfloat16 under autocast."""
 
     def forward(self, x):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -393,7 +393,7 @@ def candidates(outputs: Outputs, locations: Locations, image_sizes: Tensor, conf
     corners = torch.stack([xy - ltrb[..., :2], xy + ltrb[..., 2:]], dim=2)         # (N, K, 2, 2)
     width_height = image_sizes.flip(1)[:, None, None]                              # (N, 1, 1, 2)
     corners = torch.minimum(corners.clamp(min=0), width_height)
-    has_area = (corners[:, :, 1] > corners[:, :, 0]).all(-1)  # not for locations in the padding
+    has_area = (corners[:, :, 1] > corners[:, :, 0]).all(-1)  # False outside the image
     return corners.flatten(2), scores * has_area, labels
 
 

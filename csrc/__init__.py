@@ -116,10 +116,15 @@ def library(show: bool = False) -> Path:
         raise RuntimeError("missing " + " and ".join(missing))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        while not _locked(lock):
-            if time.time() - arrived > TIMEOUT:
-                raise TimeoutError(f"another process has held {lock.name} for {TIMEOUT} s")
-            time.sleep(0.1)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.time() - arrived > TIMEOUT:
+                    raise TimeoutError(
+                        f"another process has held {lock.name} for {TIMEOUT} s") from None
+                time.sleep(0.1)
         if built.exists():
             return built
         if failed.exists() and failed.stat().st_mtime > arrived:  # or each rank would try in turn
@@ -140,14 +145,6 @@ def library(show: bool = False) -> Path:
                 raise RuntimeError(f"the build failed, see {failed}: {error[0] if error else ''}")
             os.replace(Path(scratch) / "fcos.so", built)
     return built
-
-
-def _locked(lock) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
 
 
 def build_folder() -> Path:
