@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -157,8 +157,10 @@ def read_annotations(path, content: dict | None = None) -> Annotations:
                 refuse("annotations", i, f"has {key} {id}, which is not among the {table}")
 
     xywh = np.array(columns["annotations", "bbox"], np.float64).reshape(-1, 4)
-    if (np.abs(xywh) <= 1).all(axis=1).sum() > len(xywh) / 2:  # not plausible in pixels
-        refuse("annotations", 0, f"has bbox {content['annotations'][0]['bbox']}, normalised like "
+    tiny = (np.abs(xywh) <= 1).all(axis=1) & xywh.any(axis=1)  # not plausible in pixels
+    if tiny.sum() > len(xywh) / 2:
+        i = tiny.argmax()
+        refuse("annotations", i, f"has bbox {content['annotations'][i]['bbox']}, normalised like "
                "most here; multiply by the image's width and height")
     of_boxes = np.nan_to_num(xywh[:, 2:].clip(0).prod(axis=1)).clip(0, 1e10).tolist()
     given = [entry.get("area") for entry in content["annotations"]]
@@ -205,7 +207,8 @@ class Request(NamedTuple):
 
 
 def resized(height, width, short_side, long_side, enlarge=True) -> tuple[int, int]:
-    """The size with a short side of `short_side`, or less where `long_side` would be exceeded."""
+    """The size with a short side of `short_side`; smaller where the long side would exceed
+    `long_side`, or, without `enlarge`, where the image is smaller."""
     scale = min(short_side / min(height, width), long_side / max(height, width),
                 math.inf if enlarge else 1.0)
     return max(1, round(height * scale)), max(1, round(width * scale))
@@ -217,7 +220,7 @@ def padded(pixels) -> int:
 
 
 def canvas_for(sizes, sides=()) -> tuple[int, int]:
-    """The canvas that holds images of these sizes. `sides`: allowed lengths, default: any."""
+    """The canvas that holds images of these sizes. `sides`: lengths to prefer, ascending."""
     return tuple(next((side for side in sides if side >= pixels), padded(pixels))
                  for pixels in map(max, zip(*sizes)))
 
@@ -225,8 +228,8 @@ def canvas_for(sizes, sides=()) -> tuple[int, int]:
 class TrainSampler:
     """What a training step sees: a pure function of (seed, step), the same in every process.
 
-    An epoch is a permutation of the images, tall before wide so that batches need little padding,
-    cut into batches, which are shuffled. Images drawn at random fill the last one.
+    An epoch is a random permutation of the images, sorted into tall and wide so that batches need
+    little padding, and cut into batches, which are shuffled. Images drawn at random fill the last.
 
     Args:
         sizes: (I, 2) heights and widths of the split.
@@ -311,7 +314,7 @@ class Batch(NamedTuple):
     indices: list[int]  # N: of the images in their split
 
     def to(self, device, stream: torch.cuda.Stream | None = None) -> "Batch":
-        """A copy on the device, made on `stream` beside what still runs there, if one is given."""
+        """A copy on the device; on `stream`, if given, so that it overlaps computation."""
         with torch.cuda.stream(stream) if stream else nullcontext():
             batch = Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
                             for x in self))
@@ -462,8 +465,9 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
                        sys.platform == "linux" else None)  # a forkserver's outlive a killed run
     loader = iter(DataLoader(dataset, batch_size=None, sampler=requests, pin_memory=pin_memory,
                              **workers))
-    if num_workers:  # torch's handler would raise in the middle of a step
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with suppress(ValueError):  # only the main thread sets handlers
+        if num_workers:  # torch's own would raise in the middle of a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
             batch = next(loader, None)

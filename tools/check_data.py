@@ -84,7 +84,7 @@ def read_split(json_file, folder, add):
 
     annotations, usable = content["annotations"], rows["annotations"]
     usable.sort(key=lambda i: ids["images"][annotations[i]["image_id"]])  # as the reader does
-    tiny = {i for i in usable if all(abs(x) <= 1 for x in annotations[i]["bbox"])}
+    tiny = {i for i in usable if any(box := annotations[i]["bbox"]) and max(map(abs, box)) <= 1}
     if len(tiny) > len(usable) / 2:  # the reader refuses the file
         faults["annotations", "whose bbox seems to be normalised", "bbox"] = sorted(tiny)
         rows["annotations"] = [i for i in usable if i not in tiny]
