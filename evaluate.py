@@ -27,7 +27,7 @@ import os
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +41,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes
 
+import csrc
 import data
 from assign import make_locations
 from data import Annotations, CocoDataset, UserError
@@ -115,7 +116,7 @@ def run_program(main):
                     "--batch-size in evaluation, or the images' size")
     except KeyboardInterrupt:
         sys.exit(130)
-    try:  # all processes usually fail alike: print it once
+    try:  # all processes usually fail with the same error: print it once
         first = _store is None or _store.add("failed", 1) == 1
     except RuntimeError:  # rank 0, which holds the store, has ended
         first = False
@@ -126,12 +127,12 @@ def run_program(main):
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """What the network computes in. "auto": bfloat16 where the hardware has instructions for it."""
-    if precision == "auto" and device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities()
-        fast = has.get("avx512_bf16") or has.get("amx_bf16")
-    return torch.bfloat16 if precision == "bf16" or precision == "auto" and fast else torch.float32
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    cpu = torch.cpu.get_capabilities()
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+            else cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 @dataclass
@@ -150,19 +151,21 @@ class NamedDetections:
 
 
 class Detector:
-    """A trained model prepared for inference: frozen BatchNorms folded, weights in the precision,
-    and on a GPU a CUDA graph for every shape of a small batch that comes a third time."""
+    """A trained model prepared for inference: frozen BatchNorms folded, weights cast. On a GPU, a
+    small batch runs as a CUDA graph from the third time that its shape is seen."""
 
     def __init__(self, model: FCOS, categories: dict, device, precision: str = "auto"):
         self.config, self.categories = model.config, categories  # "ids" and "names", C each
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index: threads differ in it
         dtype = dtype_of(precision, self.device)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_frozen_norms(self.model)
         for part in (self.model.backbone, self.model.fpn, self.model.head):
             part.to(dtype)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.seen, self.graphs, self.pool = Counter(), OrderedDict(), None
+        self.seen, self.graphs, self.pool = Counter(), {}, None
+        if self.device.type == "cuda":
+            csrc.available()  # build the kernels now, not during the first call
 
     def __call__(self, image, threshold: float = 0.0, tta: bool = False):
         """The objects with a score of at least `threshold` in an image, in its own pixels.
@@ -233,10 +236,9 @@ class Detector:
                                       capture_error_mode="thread_local"):
                     found = run(*inputs)
                 self.graphs[shape] = graph, inputs, found, locations  # all must stay alive
-            self.graphs.move_to_end(shape)
+            graph, inputs, found, _ = self.graphs[shape] = self.graphs.pop(shape)  # now the last
             if len(self.graphs) > MAX_GRAPHS:
-                self.graphs.popitem(last=False)  # the least recently used one
-            graph, inputs, found, _ = self.graphs[shape]
+                del self.graphs[next(iter(self.graphs))]  # the least recently used
             for x, new in zip(inputs, (images, sizes)):
                 x.copy_(new, non_blocking=True)
             graph.replay()
@@ -244,7 +246,11 @@ class Detector:
 
 
 def load_detector(path, device=None, precision: str = "auto") -> Detector:
-    """The trained detector of a run folder or a checkpoint file, on the GPU if there is one."""
+    """The trained detector of a run folder or a checkpoint file, on the GPU if there is one.
+
+    `precision`: "auto", "bf16" or "fp32", which on a GPU is TF32 in convolutions unless
+    torch.backends.cudnn.allow_tf32 is False.
+    """
     checkpoint = load_checkpoint(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Detector(build_model(checkpoint, path), checkpoint["categories"], device, precision)
@@ -257,7 +263,7 @@ def as_tensor(image) -> Tensor:
     if isinstance(image, Image.Image):
         image = data.as_rgb(image)
     if isinstance(image, np.ndarray) and image.ndim == 3:
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or \
             image.dtype != torch.uint8 or not image.numel():
         got = f"{type(image).__name__} of {getattr(image, 'dtype', '?')}"
