@@ -28,9 +28,11 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -190,7 +192,7 @@ def training_step(network, optimizer, microbatches: list[data.Batch], lr: float,
             losses = fcos_loss(outputs, target, config.box_loss, norm,
                                locations.stride if config.model.box_unit == "stride" else None)
             loss = sum(losses.values())
-            loss.backward(torch.full_like(loss, world))  # DDP averages; parts of one loss add up
+            loss.backward(torch.full_like(loss, world))  # DDP averages; this makes it a sum
         total = total + torch.stack([*losses.values()]).detach()                 # (3,)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -208,7 +210,8 @@ def save_checkpoint(run: Path, checkpoint: dict):
     """Write a checkpoint; delete all but the last two, and partial files of a killed run."""
     path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
     atomic_write(path, lambda file: torch.save(checkpoint, file))
-    for old in [*checkpoints_of(run)[2:], *run.glob("checkpoint-*.pt.part")]:
+    files = checkpoints_of(run)  # any newer than this one are damaged, and do not count
+    for old in [*files[files.index(path) + 2:], *run.glob("checkpoint-*.pt.part")]:
         old.unlink()
 
 
@@ -253,8 +256,10 @@ def init_from(model: FCOS, path, names: list[str]):
         rows = theirs[key]
         if rows.shape[1:] == ours[key].shape[1:]:
             theirs[key] = ours[key].clone()
-            for name in shared:
-                theirs[key][names.index(name)] = rows[their_names.index(name)]
+            for n, name in enumerate(names):
+                if name in shared:  # a name may occur twice; prefer the same position
+                    same = n if their_names[n:n + 1] == [name] else their_names.index(name)
+                    theirs[key][n] = rows[same]
     taken = {key: value for key, value in theirs.items()
              if key in ours and value.shape == ours[key].shape}
     model.load_state_dict(taken, strict=False)
@@ -432,7 +437,10 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
 def compile_and_distribute(model: FCOS, config: TrainConfig, sampler, device) -> nn.Module:
     """The network that a training step calls: the model itself, compiled, in DDP, or both."""
     network = model
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if config.compile == "auto" and device.type == "cuda" and not compiler:
+        print0("warning: torch.compile needs a C compiler; training is slower without, install gcc")
+    elif config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         first = range(min(config.steps, 500))
         canvases = {sampler.global_batch(step)[0].canvas for step in first}
         print0(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
@@ -440,6 +448,8 @@ def compile_and_distribute(model: FCOS, config: TrainConfig, sampler, device) ->
         torch._dynamo.config.recompile_limit = 64
         network = torch.compile(network, dynamic=False, options=COMPILE_OPTIONS)
     if rank_and_world()[1] > 1:
+        # its new name, forward_sync_buffers, is unknown to torch 2.11
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         network = DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers are frozen
@@ -521,9 +531,9 @@ def evaluate_step(run: Run, progress: Progress):
 
 
 def catch_signals() -> list:
-    """SIGTERM and SIGINT append to this list; another one 2 s later ends the process at once.
+    """SIGTERM and SIGINT are appended to this list; one more, 2 s later, ends the process at once.
 
-    Sooner, it is the same one: schedulers signal every process, and torchrun passes that on.
+    Within 2 s it is the same one: schedulers signal every process, and torchrun forwards it.
     """
     caught, times = [], []
 
@@ -543,8 +553,8 @@ def count_microbatches(config: TrainConfig, world: int) -> int:
     """Microbatches of each process in a step: as few as --microbatch allows."""
     if config.batch_size % world:
         raise UserError(f"a batch of {config.batch_size} images cannot be shared evenly by {world} "
-                        f"processes; use GPUS={math.gcd(config.batch_size, world)}, or change "
-                        "--batch-size")
+                        f"processes; start {math.gcd(config.batch_size, world)} (GPUS=... on each "
+                        "machine), or change --batch-size")
     images = config.batch_size // world
     largest = config.microbatch or images
     return next(n for n in range(1, images + 1) if images % n == 0 and images // n <= largest)
@@ -648,8 +658,9 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
     """The configuration, and the checkpoint to go on from, if any."""
     folder = args.run_dir
     owner = folder / ".lock"
-    restarted = (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and owner.exists()
-                 and owner.read_text() == os.environ["TORCHELASTIC_RUN_ID"])  # by the same torchrun
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # none: torchrun without --rdzv-id
+    restarted = (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and launch != "none"
+                 and owner.exists() and owner.read_text() == launch)
     if args.resume or restarted and checkpoints_of(folder):
         fixed = sorted(f"--{name.replace('_', '-')}" for name in args.changed.keys() - MAY_CHANGE)
         fixed += [args.preset] if args.preset else []
@@ -721,7 +732,7 @@ def from_rank_0(function, *args):
 def main():
     args = parse_arguments(sys.argv[1:])
     device = evaluate.init_distributed()
-    torch.backends.cudnn.benchmark = True  # few canvases, so autotuning pays off
+    torch.backends.cudnn.benchmark = True  # training has few canvases: autotuning pays off
     config, checkpoint = from_rank_0(load_run, args)
     run = prepare(config, args.run_dir, device, checkpoint, args.init_from, args.skip_eval)
     from_rank_0(lock, run.folder, not checkpoint)

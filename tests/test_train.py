@@ -133,7 +133,7 @@ def test_microbatches_are_equal_and_at_most_as_large_as_asked_for():
     for world, microbatch, expected in ((1, 0, 1), (1, 9, 1), (1, 4, 2), (1, 3, 4), (2, 3, 2)):
         config = replace(PRESETS["demo"], batch_size=8, microbatch=microbatch)
         assert train.count_microbatches(config, world) == expected
-    with pytest.raises(UserError, match="8 images .* 6 processes; use GPUS=2, or .*--batch-size"):
+    with pytest.raises(UserError, match="8 images .* 6 processes; start 2 .GPUS=.*, or .*--batch-size"):
         train.count_microbatches(config, 6)
 
 
@@ -268,6 +268,12 @@ def test_checkpoints_under_other_names_are_the_users(tmp_path):
     assert all((tmp_path / name).read_text() == "kept" for name in users)
 
 
+def test_damaged_checkpoints_ahead_do_not_count_among_the_last_two(tmp_path):
+    for step in (1, 2, 3, 7, 4, 5):  # 7 is damaged, so the run went on from 3
+        train.save_checkpoint(tmp_path, {"step": step})
+    assert [int(path.stem[11:]) for path in checkpoints_of(tmp_path)] == [7, 5, 4]
+
+
 def test_a_dropout_is_the_same_after_a_resume(dataset, tmp_path, monkeypatch):
     class WithDropout(FCOS):
         def normalize(self, images, image_sizes):
@@ -357,9 +363,11 @@ def test_only_a_restart_by_the_same_torchrun_goes_on_with_a_run(dataset, tmp_pat
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     args = train.parse_arguments(["demo", "--run-dir", str(tmp_path), "--data", str(dataset)])
     assert train.load_run(args)[1]["step"] == 2
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    with pytest.raises(UserError, match="already holds a run"):
-        train.load_run(args)
+    (tmp_path / ".lock").write_text("none")  # every torchrun of several machines without an id
+    for launch in ("second", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        with pytest.raises(UserError, match="already holds a run"):
+            train.load_run(args)
 
 
 def test_a_failed_start_leaves_no_run_folder(dataset, tmp_path):
@@ -518,6 +526,16 @@ def test_init_from_takes_the_weights_and_the_outputs_of_classes_of_equal_names(
     assert torch.equal(ours["head.cls_logits.weight"][[1, 3]], before[[1, 3]])
     assert torch.equal(ours["fpn.inner_blocks.0.0.weight"], theirs["fpn.inner_blocks.0.0.weight"])
     assert "2 of 4 classes by name; newly initialised: cat, dog\n" in capsys.readouterr().out
+
+
+def test_init_from_tells_classes_of_one_name_apart_by_their_position(uninterrupted, finished):
+    model = FCOS(ModelConfig(**{**finished["config"]["model"], "num_classes": 3}))
+    finished = finished | {"categories": {"ids": [1, 2, 3], "names": ["hole", "hole", "cat"]}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_checkpoint", lambda path: copy.deepcopy(finished))
+        train.init_from(model, uninterrupted, ["hole", "hole", "hole"])
+    theirs = finished["model"]["head.cls_logits.bias"]
+    assert torch.equal(model.head.cls_logits.bias, theirs[[0, 1, 0]])
 
 
 def test_init_from_starts_another_run_of_the_same_architecture(dataset, uninterrupted, tmp_path):
