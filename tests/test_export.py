@@ -54,6 +54,17 @@ def test_an_exported_detector_finds_the_same_on_every_canvas_and_batch(form, tmp
             torch.testing.assert_close(a.boxes, b.boxes, rtol=0, atol=1e-3)
 
 
+def test_an_exported_detector_may_find_nothing_or_one_object():
+    model = small_model(candidates_per_level=1)
+    detector = export.export(model).module(check_guards=False)
+    images, sizes = random_batch(1, 32, 32)
+    counts = set()
+    for bias in torch.linspace(-20, 0, 41):
+        nn.init.constant_(detector.model.head.cls_logits.bias, bias)
+        counts.add(int(detector(images, sizes)[3]))
+    assert counts >= {0, 1}
+
+
 @pytest.mark.parametrize("C", [3, 1203])
 def test_the_float32_nms_of_onnx_keeps_what_the_model_s_keeps(C):
     corner, side = torch.rand(3000, 2) * 900, torch.rand(3000, 2) * 400

@@ -41,6 +41,12 @@ from model import (FCOS, atomic_write, build_model, candidates, fold_frozen_norm
                    load_checkpoint, nms_mask, suppress)
 
 
+@torch.library.register_fake("torchvision::nms")
+def any_number_kept(boxes, scores, iou):
+    """torchvision's own promises 2 or more; a program traced with that fails where there are less."""
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
 class ExportedDetector(nn.Module):
     """From pixels to detections, in operators of PyTorch and torchvision."""
 
