@@ -133,7 +133,7 @@ def test_microbatches_are_equal_and_at_most_as_large_as_asked_for():
     for world, microbatch, expected in ((1, 0, 1), (1, 9, 1), (1, 4, 2), (1, 3, 4), (2, 3, 2)):
         config = replace(PRESETS["demo"], batch_size=8, microbatch=microbatch)
         assert train.count_microbatches(config, world) == expected
-    with pytest.raises(UserError, match="8 images .* 6 processes; start 2 .GPUS=.*, or .*--batch-size"):
+    with pytest.raises(UserError, match="8 images .* 6 processes; start 2 .GPUS=.*--batch-size"):
         train.count_microbatches(config, 6)
 
 
