@@ -25,7 +25,6 @@ import argparse
 import io
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,12 +40,6 @@ from model import (FCOS, atomic_write, build_model, candidates, fold_frozen_norm
                    load_checkpoint, nms_mask, suppress)
 
 
-@torch.library.register_fake("torchvision::nms")
-def any_number_kept(boxes, scores, iou):
-    """torchvision's own promises 2 or more; a program traced with that fails where there are less."""
-    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
 class ExportedDetector(nn.Module):
     """From pixels to detections, in operators of PyTorch and torchvision."""
 
@@ -54,7 +47,7 @@ class ExportedDetector(nn.Module):
         super().__init__()
         fold_frozen_norms(model)
         self.model = model.eval().requires_grad_(False)
-        self.nms = partial(nms_mask, dtype=nms_dtype)
+        self.nms_dtype = nms_dtype
 
     def forward(self, images, image_sizes):
         config = self.model.config
@@ -62,6 +55,14 @@ class ExportedDetector(nn.Module):
         locations = make_locations.__wrapped__(*images.shape[2:], offset=config.location_offset)
         outputs = self.model(images, image_sizes)
         return suppress(*candidates(outputs, locations, image_sizes, config), config, self.nms)
+
+    def nms(self, boxes, scores, groups, iou):
+        """`model.nms_mask` of two boxes more: torch.export assumes that NMS keeps at least two."""
+        boxes = nn.functional.pad(boxes, (0, 0, 0, 2))
+        scores = nn.functional.pad(scores, (0, 2), value=1.0)
+        own_groups = groups.max() + torch.arange(1, 3, device=groups.device)
+        groups = torch.cat([groups, own_groups])
+        return nms_mask(boxes, scores, groups, iou, self.nms_dtype)[:-2]
 
 
 def export(model: FCOS, nms_dtype=torch.float64) -> torch.export.ExportedProgram:
