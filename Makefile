@@ -45,7 +45,7 @@ LAUNCH   = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) --rdzv-backen
 endif
 
 # What eval, predict and export take: WEIGHTS, else RUN, else the last run trained.
-LAST   = $(patsubst %/,%,$(dir $(firstword $(shell ls -t runs/*/checkpoint-*.pt 2>/dev/null))))
+LAST   = $(shell ls -t runs/*/checkpoint-*.pt 2>/dev/null | sed -n '1s|/[^/]*$$||p')
 NO_RUN = $(error no run in runs/ yet: make train first, or name one with RUN=... or WEIGHTS=...)
 LATEST = $(call quote,$(or $(RUN),$(LAST),$(NO_RUN)))
 CHOSEN = $(if $(WEIGHTS),$(call quote,$(WEIGHTS)),$(LATEST))
@@ -84,7 +84,7 @@ resume: BATCH = import sys, model; \
 	batch = model.load_checkpoint(sys.argv[1])['config']['batch_size']
 resume: OF = $(LATEST)
 resume: $(READY)
-	$(LAUNCH) train.py --resume --run-dir $(LATEST) $(ARGS)
+	$(LAUNCH) train.py --resume --run-dir $(LATEST) $(call option,--data,$(DATA)) $(ARGS)
 
 eval predict: SHARED = $(VISIBLE)
 eval: $(READY) $(filter $(TORCHVISION),$(WEIGHTS))
@@ -99,7 +99,7 @@ check: $(READY)
 
 plots: $(READY)
 	$(PYTHON) tools/plots.py curves $(LATEST)
-	$(PYTHON) tools/plots.py evaluation $(LATEST) $(ARGS)
+	$(PYTHON) tools/plots.py evaluation $(LATEST) $(call option,--data,$(DATA)) $(ARGS)
 
 export: $(READY)
 	$(PYTHON) tools/export.py $(CHOSEN) $(ARGS)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 
 import pytest
@@ -47,6 +48,17 @@ def test_evaluation_takes_all_gpus_and_resume_those_that_share_the_runs_batch(dr
         "categories": {"ids": [1], "names": ["cat"]},
         "config": {"model": asdict(ModelConfig(num_classes=1)), "batch_size": 12}})
     assert "--nproc-per-node 4" in dry_run("resume", f"RUN={run}", gpus=8).stdout
+
+
+def test_the_last_run_may_have_spaces_and_its_data_may_have_moved(dry_run, tmp_path):
+    for name in ("first run", "it's the last"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "checkpoint-0000001.pt").touch()
+        time.sleep(0.02)
+    last = "'runs/it'\\''s the last'"
+    assert f"train.py --resume --run-dir {last} --data 'a b'" in dry_run(
+        "resume", "DATA=a b").stdout
+    assert f"plots.py evaluation {last} --data 'a b'" in dry_run("plots", "DATA=a b").stdout
 
 
 def test_gpus_that_are_hidden_are_not_counted(dry_run):
