@@ -71,7 +71,7 @@ def init_distributed() -> torch.device:
                             f"{torch.cuda.device_count()}; start fewer processes (GPUS=...)")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    if "RANK" in os.environ:
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         # One prefix per attempt, so restarted processes do not read addresses of dead ones.
         store, rank, world = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -127,8 +127,10 @@ def run_program(main):
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """What the network computes in. "auto": bfloat16 where the hardware has instructions for it."""
+    if precision in (named := {"bf16": torch.bfloat16, "fp32": torch.float32}):
+        return named[precision]
     if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
+        raise UserError(f"precision {precision!r}: must be auto, bf16 or fp32")
     cpu = torch.cpu.get_capabilities()
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
             else cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
@@ -261,15 +263,16 @@ def as_tensor(image) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
         return data.load_image(image, apply_exif=True)
     if isinstance(image, Image.Image):
-        image = data.as_rgb(image)
-    if isinstance(image, np.ndarray) and image.ndim == 3:
-        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or \
-            image.dtype != torch.uint8 or not image.numel():
+        return data.as_rgb(image)
+    tensor = image
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.dtype == np.uint8:
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if not isinstance(tensor, Tensor) or tensor.ndim != 3 or tensor.shape[0] != 3 or \
+            tensor.dtype != torch.uint8 or not tensor.numel():
         got = f"{type(image).__name__} of {getattr(image, 'dtype', '?')}"
         raise UserError(f"image is a {got}, {getattr(image, 'shape', '?')}: must be a path, a "
                         "PIL image, an array (H, W, 3) or a tensor (3, H, W) of uint8 RGB")
-    return image
+    return tensor
 
 
 # --- detection over a data set ------------------------------------------------------------------
@@ -431,6 +434,7 @@ def evaluate(detector: Detector, dataset: CocoDataset, out: Path | None = None, 
     metrics = coco_metrics(annotations, results)
     if out:
         print_metrics(metrics, all_classes)
+        metrics["split"] = [os.path.abspath(path) for path in (annotations.path, dataset.folder)]
         (out / "eval").mkdir(parents=True, exist_ok=True)
         for name, content in (("results", results), ("metrics", metrics)):
             text = json.dumps(content).encode()
@@ -564,6 +568,8 @@ def main(argv=None):
     run = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
     out = Path(args.out or (run / "predictions" if args.images else run))
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):  # known now, not after the evaluation
+        raise UserError(f"{out}: cannot be written to; name another folder with --out")
     if args.images:
         if rank_and_world()[0] > 0:
             return

@@ -143,15 +143,17 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x).to(x.dtype)
 
 
+def group_norm(channels: int) -> GroupNorm:
+    """For the backbone: groups of 16 channels (arXiv:1803.08494, Sec. 4.1)."""
+    return GroupNorm(channels // 16, channels)
+
+
 class Backbone(nn.Module):
     """A torchvision ResNet up to C3, C4, C5 (stride 8, 16, 32)."""
 
     def __init__(self, config: ModelConfig, weights: str = "none"):
         super().__init__()
-        if config.backbone_norm == "frozen_batch":
-            norm_layer = FrozenNorm
-        else:  # groups of 16 channels (arXiv:1803.08494, Sec. 4.1)
-            norm_layer = lambda channels: GroupNorm(channels // 16, channels)  # noqa: E731
+        norm_layer = FrozenNorm if config.backbone_norm == "frozen_batch" else group_norm
         if config.backbone == "resnet10":  # a block in each stage; torchvision begins with 18
             body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
         else:
@@ -492,7 +494,8 @@ def load_checkpoint(path) -> dict:
     """A checkpoint from a file, or the newest undamaged one of a run folder."""
     files = checkpoints_of(path) if Path(path).is_dir() else [Path(path)]
     if not files:
-        raise UserError(f"{path}: no checkpoint-*.pt here; train first, or name another run")
+        raise UserError(f"{path}: no checkpoint-*.pt here; train first, or name another run or "
+                        "a file, such as its best.pt")
     for file in files:
         try:
             checkpoint = read_archive(file)

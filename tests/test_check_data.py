@@ -181,6 +181,27 @@ def test_an_exif_note_that_cannot_be_read_is_no_error(root, check, tmp_path):
     assert data.open_split(tmp_path / "yolo", "train").annotations.sizes.tolist() == [[50, 100]]
 
 
+def test_an_exif_note_that_turns_a_yolo_image_but_keeps_its_size_is_told(tmp_path, capsys):
+    for name, orientation in (("a", 1), ("b", 3), ("c", 6)):
+        exif = Image.Exif()
+        exif[check_data.EXIF_ORIENTATION] = orientation
+        image(tmp_path / "images" / f"{name}.png", exif=exif)
+        text(tmp_path / "labels" / f"{name}.txt", "0 .5 .5 .2 .2")
+    text(tmp_path / "labels" / "classes.txt", "cat")
+    to_coco.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: 1 images, such as .*/b.png, are turned", printed)
+    assert "3 boxes of 1 categories (cat)" in printed
+    sizes = data.open_split(tmp_path, "train").annotations.sizes
+    assert sizes.tolist() == [[50, 100], [50, 100], [100, 50]]
+
+
+def test_findings_are_printed_where_no_picture_can_be_written(root, check):
+    (root / "pictures").write_text("in the way")
+    code, text = check(root)
+    assert code == 0 and "not drawn (" in text and text.endswith("nothing is wrong.\n")
+
+
 def test_locations_are_counted_by_the_rule_of_training_at_the_sizes_of_the_preset(root, check):
     write_split(root, bbox(5, 5, 1.5, 12)(good_content()))
     dataset = data.open_split(root, "train")

@@ -114,7 +114,7 @@ def test_boxes_are_clipped_to_their_image_and_crowds_are_left_out(tmp_path):
 
 
 def test_missing_folders_and_splits_are_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no annotations/.*tools/to_coco.py"):
+    with pytest.raises(UserError, match="nowhere: no such folder; name the data with DATA="):
         data.find_split(tmp_path / "nowhere", "train")
     write_split(tmp_path, good_content())
     with pytest.raises(UserError, match="no splits match 'val' among train; .*--val-split"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +229,14 @@ def test_evaluation_writes_coco_results_metrics_and_a_picture(shapes, checkpoint
     theirs = COCO(dataset.annotations.path).loadRes(str(tmp_path / "eval" / "results.json"))
     assert len(theirs.getImgIds()) == 11 and set(theirs.getCatIds()) == {1, 2, 3}
     assert min(Image.open(tmp_path / "detections.png").size) > 300
+    assert metrics["split"] == [dataset.annotations.path, dataset.folder]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_evaluation(
+        checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written to; name another folder with --out"):
+        evaluate.main([str(checkpoint), "--out", str(tmp_path)])
 
 
 # --- the detector -------------------------------------------------------------------------------
@@ -282,6 +291,16 @@ def test_a_cuda_graph_finds_what_the_network_finds_and_outlives_inference_mode_a
 def test_what_is_no_rgb_image_is_refused(detector, image):
     with pytest.raises(UserError, match="must be a path"):
         detector(image)
+
+
+def test_a_detector_can_be_sent_to_another_process(detector):
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(pickle.loads(pickle.dumps(detector))(image).boxes, detector(image).boxes)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(UserError, match="precision 'fp16': must be auto, bf16 or fp32"):
+        Detector(FCOS(SMALL), CATEGORIES, "cpu", "fp16")
 
 
 def test_inclusive_boxes_end_a_pixel_later_inside_the_image(detector):

@@ -88,15 +88,13 @@ def test_a_detection_is_judged_above_the_threshold_and_a_low_one_leaves_its_obje
 
 
 def test_pictures_of_an_evaluation_are_written_and_those_of_an_older_one_removed(
-        shapes, tmp_path, monkeypatch, drawn):
+        shapes, tmp_path, drawn):
     dataset = data.open_split(shapes, "val")
     a, folder = dataset.annotations, tmp_path / "eval"
-    categories = {"ids": a.category_ids, "names": a.category_names}
-    monkeypatch.setattr(plots, "load_checkpoint", lambda path: {
-        "config": {"data": str(shapes), "val_split": ""}, "categories": categories})
-    with pytest.raises(data.UserError, match="results.json: no such file"):
+    with pytest.raises(data.UserError, match="eval: no evaluation here; write one"):
         plots.main(["evaluation", str(tmp_path)])
     folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"split": [a.path, dataset.folder]}))
     for name, results in (("all right", truth_as_detections(a, 0.9)), ("none", [])):
         (folder / "results.json").write_text(json.dumps(results))
         plots.main(["evaluation", str(tmp_path)])

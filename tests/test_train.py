@@ -300,12 +300,13 @@ def test_a_dropout_is_the_same_after_a_resume(dataset, tmp_path, monkeypatch):
 
 
 def _wait_for_signals(ready):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     train.catch_signals()
     ready.touch()
     time.sleep(100)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_two_seconds_after_the_first_ends_the_process_at_once(tmp_path, number):
     process = FORKS.Process(target=_wait_for_signals, args=(tmp_path / "ready",))
     process.start()
@@ -434,6 +435,14 @@ def test_a_finished_run_says_so_and_another_never_overwrites_it(
     with pytest.raises(UserError, match="holds a run; resume it .make resume RUN="):
         main(*TINY, "--data", dataset, "--run-dir", uninterrupted)
     assert metrics_of(uninterrupted) == before
+
+
+def test_a_folder_whose_checkpoints_were_deleted_keeps_its_best_weights(dataset, tmp_path):
+    (tmp_path / "best.pt").write_text("kept")
+    with pytest.raises(UserError, match="already holds a run"):
+        main(*TINY, "--data", dataset, "--run-dir", tmp_path)
+    with pytest.raises(UserError, match="no checkpoint.* or a file, such as its best.pt"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("options, words", [
@@ -609,7 +618,7 @@ def test_a_value_that_cannot_be_meant_is_refused_in_a_sentence(option):
 @pytest.mark.parametrize("options, sentence", [
     (["fcos_R_50_FPN_1x"], "no data; name a COCO-format folder with DATA="),
     (["fcos_R_50_FPN_1x_center_gio"], "invalid choice: 'fcos_R_50_FPN_1x_center_gio'"),
-    (["demo", "--data", "nowhere"], "nowhere: no annotations/instances_<split>.json"),
+    (["demo", "--data", "nowhere"], "nowhere: no such folder; name the data with DATA="),
     (["--resume"], "run: no such run; name one with RUN="),
     (["demo", "--init-from", "nothing.pt", "--data", "."], "nothing.pt: no such file"),
     (["demo", "--init-from", "", "--data", "."], ": no checkpoint-*.pt here")])
