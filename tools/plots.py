@@ -34,7 +34,6 @@ import train  # noqa: E402
 from assign import STRIDES, assign_targets, make_locations  # noqa: E402
 from data import UserError  # noqa: E402
 from loss import box_loss, focal_loss  # noqa: E402
-from model import load_checkpoint  # noqa: E402
 
 COLORS = ("crimson", "royalblue", "forestgreen", "darkorange", "purple", "saddlebrown", "teal",
           "deeppink", "black", "olive")
@@ -233,22 +232,21 @@ def draw_curves(args):
 # --- evaluation ---------------------------------------------------------------------------------
 
 def draw_evaluation(args):
-    checkpoint = load_checkpoint(args.run)
     folder = (args.run if args.run.is_dir() else args.run.parent) / "eval"
-    trained = checkpoint["config"]
-    dataset = data.open_split(args.data or trained["data"], "val",
-                              args.val_split or trained["val_split"])
-    a = dataset.annotations
-    evaluate.check_categories(a, **checkpoint["categories"], owner=str(args.run))
-    a = dataset.annotations = a._replace(  # the fonts have no other letters
+    try:
+        results, metrics = (json.loads((folder / f"{name}.json").read_text())
+                            for name in ("results", "metrics"))
+        split = metrics["split"]  # JSON file and image folder
+    except (OSError, KeyError):
+        raise UserError(f"{folder}: no evaluation here; write one with python evaluate.py RUN") \
+            from None
+    json_file, images = data.find_split(args.data, "val", args.val_split) if args.data else split
+    a = data.read_annotations(json_file)
+    a = a._replace(  # the fonts have no other letters
         category_names=[ascii(name)[1:-1] for name in a.category_names])
-    path = folder / "results.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; write it with python evaluate.py RUN")
-    results = json.loads(path.read_text())
+    dataset = data.CocoDataset(a, images)
     if not {row["image_id"] for row in results} <= set(a.image_ids.tolist()):
-        raise UserError(f"{path}: is not of {a.path}; name what was evaluated with --data and "
-                        "--val-split")
+        raise UserError(f"{folder}: is not an evaluation of {a.path}; name its data with --data")
     evaluation = evaluate.coco_evaluation(a, results)
     save(precision_recall(evaluation, a.category_names), folder / "precision_recall.png")
     verdicts = judge(evaluation)
@@ -349,8 +347,8 @@ def main(argv=None):
     curves.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     judged = commands.add_parser("evaluation", help="precision and recall, best and worst images")
     judged.add_argument("run", type=Path, metavar="RUN", help="evaluated folder or checkpoint")
-    judged.add_argument("--data", metavar="DIR", help="COCO-format folder (default: the run's)")
-    judged.add_argument("--val-split", default="", metavar="NAME", help="default: the run's")
+    judged.add_argument("--data", metavar="DIR", help="where its COCO-format folder has moved to")
+    judged.add_argument("--val-split", default="", metavar="NAME", help="its split there")
     judged.set_defaults(draw=draw_evaluation)
     for command, draw in ((targets, draw_targets), (losses, draw_losses), (curves, draw_curves)):
         command.set_defaults(draw=draw)
