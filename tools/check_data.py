@@ -178,6 +178,14 @@ def check_annotations(dataset: CocoDataset, entries: list[dict], training: bool,
         "smaller ones stay without")
 
 
+def orientation(image: Image.Image) -> int:
+    """How an image's EXIF note turns it, 2 to 8; 1: not at all."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # whatever a damaged note makes Pillow raise
+        return 1
+
+
 def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, dict[bytes, str]]:
     """Look for every image file, and decode it as training does.
 
@@ -193,11 +201,7 @@ def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, d
         except UserError as error:
             return str(error), False, False, None
         with Image.open(path) as image:
-            try:
-                orientation = image.getexif().get(EXIF_ORIENTATION)
-            except Exception:  # whatever a damaged note makes Pillow raise
-                orientation = None
-            rotates = image.size == size and orientation in range(2, 9)
+            rotates = image.size == size and orientation(image) in range(2, 9)
             dark = image.mode.startswith("I;16") and np.asarray(image).max() < 2**12
         return "", rotates, dark, hashlib.sha256(Path(path).read_bytes()).digest()
 
@@ -340,7 +344,10 @@ def main(argv=None):
             drawable = np.setdiff1d(dataset.with_boxes(), unusable)
             if len(drawable):
                 picture = f"{json_file.stem.removeprefix('instances_')}.png"
-                draw_batches(dataset, drawable, config, Path(args.out, picture))
+                try:
+                    draw_batches(dataset, drawable, config, Path(args.out, picture))
+                except OSError as error:  # a folder that cannot be written to
+                    print(f"not drawn ({error}); name another folder with --out")
         except UserError as error:
             findings.append(("ERROR", f"\nERROR: {error}"))
         for _, text in sorted(findings, key=lambda finding: LEVELS.index(finding[0])):

@@ -4,8 +4,8 @@
     python tools/to_coco.py SRC --out DIR         elsewhere
 
     YOLO   images/train/ + labels/train/*.txt, or train/images/ + train/labels/*.txt, or
-           images/ + labels/*.txt (the split train; val is yours to make); names in classes.txt
-           or data.yaml
+           images/ + labels/*.txt (the split train; val is yours to make); names in classes.txt,
+           labels/classes.txt or data.yaml
     VOC    Annotations/*.xml, JPEGImages/, ImageSets/Main/{train,val}.txt
 
 Images are not copied: where the split's folder is not at hand, DIR/<split> becomes a link to it.
@@ -26,6 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
+from check_data import orientation  # noqa: E402
 from data import UserError, read_annotations, upright  # noqa: E402
 from model import atomic_write  # noqa: E402
 
@@ -63,9 +64,9 @@ def find_files(src: Path):
 
 def yolo_names(src: Path) -> dict[int, str]:
     """Class names from classes.txt, or else from `names:` in data.yaml."""
-    path = src / "classes.txt"
-    if path.is_file():
-        return dict(enumerate(map(str.strip, read_text(path).rstrip().split("\n"))))
+    for path in (src / "classes.txt", src / "labels" / "classes.txt"):  # the second: LabelImg
+        if path.is_file():
+            return dict(enumerate(map(str.strip, read_text(path).rstrip().split("\n"))))
     return next(filter(None, map(yaml_names, sorted(src.glob("*.y*ml")))), {})
 
 
@@ -157,7 +158,7 @@ def write_split(out: Path, split: str, images: Path, entries, classes: list[tupl
                         f"class names, labels and files of {images}") from None
     atomic_write(path, lambda file: file.write(json.dumps(content).encode()))
     print(f"{path}: {len(rows):,d} images, {len(annotations):,d} boxes of {len(classes)} "
-          f"categories; images in {folder}")
+          f"categories ({', '.join(name for _, name in classes)[:100]}); images in {folder}")
 
 
 def main(argv=None):
@@ -168,12 +169,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out, is_voc = args.out or args.src, (args.src / "Annotations").is_dir()
     names = {} if is_voc else yolo_names(args.src)
-    splits, classes = [], set(names.items())
+    splits, classes, ambiguous = [], set(names.items()), []
     for split, images, files in find_files(args.src):
         entries = []
         for image_file, path in files:
             with Image.open(image_file) as image:
+                stored, turned = image.size, orientation(image) in range(2, 9)
                 size = upright(image).size  # as it is shown
+            ambiguous += [image_file] if turned and size == stored else []
             objects = voc_objects(path) if is_voc else yolo_objects(path, names, *size)
             entries.append((image_file, size, objects))
             classes |= {its_class for its_class, _, _ in objects}
@@ -181,6 +184,9 @@ def main(argv=None):
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     for split, images, entries in splits:
         write_split(out, split, images, entries, sorted(classes))
+    if ambiguous:
+        print(f"warning: {len(ambiguous)} images, such as {ambiguous[0]}, are turned by an EXIF "
+              "note that keeps their size; training does not turn them, so save them upright")
 
 
 if __name__ == "__main__":
