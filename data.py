@@ -68,6 +68,8 @@ def find_split(root, kind: str, split: str = "") -> tuple[Path, Path]:
     only split whose name begins with `kind`.
     """
     root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; name the data with DATA=... (--data)")
     splits = sorted(path.stem.removeprefix("instances_")
                     for path in root.glob("annotations/instances_*.json"))
     if not splits:

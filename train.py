@@ -252,14 +252,15 @@ def init_from(model: FCOS, path, names: list[str]):
     checkpoint, ours = load_checkpoint(path), model.state_dict()
     theirs, their_names = checkpoint["model"], checkpoint["categories"]["names"]
     shared = [name for name in names if name in their_names]
-    for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
-        rows = theirs[key]
-        if rows.shape[1:] == ours[key].shape[1:]:
-            theirs[key] = ours[key].clone()
-            for n, name in enumerate(names):
-                if name in shared:  # a name may occur twice; prefer the same position
-                    same = n if their_names[n:n + 1] == [name] else their_names.index(name)
-                    theirs[key][n] = rows[same]
+    outputs = ["head.cls_logits.weight", "head.cls_logits.bias"]
+    if theirs[outputs[0]].shape[1:] != ours[outputs[0]].shape[1:]:  # of a tower of another width
+        shared = []
+    for key in outputs:
+        rows, theirs[key] = theirs[key], ours[key].clone()
+        for n, name in enumerate(names):
+            if name in shared:  # a name may occur twice; prefer the same position
+                same = n if their_names[n:n + 1] == [name] else their_names.index(name)
+                theirs[key][n] = rows[same]
     taken = {key: value for key, value in theirs.items()
              if key in ours and value.shape == ours[key].shape}
     model.load_state_dict(taken, strict=False)
@@ -531,7 +532,7 @@ def evaluate_step(run: Run, progress: Progress):
 
 
 def catch_signals() -> list:
-    """SIGTERM and SIGINT are appended to this list; one more, 2 s later, ends the process at once.
+    """Signals to stop are appended to this list; one more, 2 s later, ends the process at once.
 
     Within 2 s it is the same one: schedulers signal every process, and torchrun forwards it.
     """
@@ -544,8 +545,9 @@ def catch_signals() -> list:
             signal.raise_signal(number)
         caught.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
     return caught
 
 
@@ -689,7 +691,7 @@ def load_run(args) -> tuple[TrainConfig, dict | None]:
 
 
 def refuse_to_overwrite(folder: Path):
-    if checkpoints_of(folder):
+    if checkpoints_of(folder) or (folder / "best.pt").exists():
         raise UserError(f"{folder} already holds a run; resume it (make resume RUN={folder}), "
                         "choose another folder (RUN=...), or delete it")
 
@@ -697,7 +699,7 @@ def refuse_to_overwrite(folder: Path):
 def lock(folder: Path, fresh: bool):
     """Claim the folder for as long as this process lives; a fresh run overwrites no other."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)  # until the process ends
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited
     except (BlockingIOError, PermissionError):
