@@ -22,16 +22,17 @@ quote = '$(subst ','\'',$(1))'
 option = $(if $(2),$(1) $(call quote,$(2)))
 
 # One process for a CPU or one GPU, torchrun for more; GPUS=0 hides the GPUs. Unless GPUS is given,
-# all visible ones; in training, those that share the batch evenly (found out once, when needed).
+# all visible ones; in training, those that share the batch evenly (found out once for a target).
 ifeq ($(origin GPUS), undefined)
 COMMA   := ,
 FOUND   := $(words $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)))
 LISTED  := $(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES)))
 VISIBLE := $(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),$(FOUND),$(LISTED))
 BATCH    = import train; batch = train.PRESETS['$(MODEL)'].batch_size
-SHARED   = $(shell $(PYTHON) -c "$(BATCH); import math; print(math.gcd($(VISIBLE), batch))" $(OF))
-ONCE     = $(if $(filter 0 1,$(VISIBLE)),$(VISIBLE),$(or $(lastword $(SHARED)),$(VISIBLE)))
-GPUS     = $(eval GPUS := $$(ONCE))$(GPUS)
+SHARED   = $(shell $(PYTHON) -c "$(BATCH); import math; print(math.gcd($(VISIBLE), batch))" \
+           $(OF) 2>/dev/null)
+ONCE     = $(if $(filter 0 1,$(VISIBLE)),1,$(or $(lastword $(SHARED)),$(VISIBLE)))
+GPUS     = $(if $(FOR_$@),,$(eval FOR_$@ := $$(ONCE)))$(FOR_$@)
 endif
 ifneq ($(origin GPUS), file)
 $(if $(filter-out $(shell seq 0 64),$(GPUS)),$(error GPUS=$(GPUS): must be a number of processes))

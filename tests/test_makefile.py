@@ -1,8 +1,8 @@
 """What make runs for given variables; nothing is really started."""
 
+import os
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 
 import pytest
@@ -40,7 +40,9 @@ def test_as_many_gpus_are_used_as_share_the_batch_evenly(dry_run, preset, gpus, 
 
 
 def test_evaluation_takes_all_gpus_and_resume_those_that_share_the_runs_batch(dry_run, tmp_path):
-    assert "--nproc-per-node 8" in dry_run("eval", "RUN=runs/a", gpus=8).stdout
+    printed = dry_run("eval", "train", "RUN=runs/a", "DATA=/x", gpus=8).stdout
+    assert "--nproc-per-node 8 --standalone evaluate.py" in printed
+    assert "--nproc-per-node 4 --standalone train.py" in printed
     run = tmp_path / "it's a run"
     run.mkdir()
     train.save_checkpoint(run, {
@@ -48,13 +50,15 @@ def test_evaluation_takes_all_gpus_and_resume_those_that_share_the_runs_batch(dr
         "categories": {"ids": [1], "names": ["cat"]},
         "config": {"model": asdict(ModelConfig(num_classes=1)), "batch_size": 12}})
     assert "--nproc-per-node 4" in dry_run("resume", f"RUN={run}", gpus=8).stdout
+    assert not dry_run("train", "MODEL=typo", "DATA=/x", gpus=8).stderr
 
 
 def test_the_last_run_may_have_spaces_and_its_data_may_have_moved(dry_run, tmp_path):
-    for name in ("first run", "it's the last"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "checkpoint-0000001.pt").touch()
-        time.sleep(0.02)
+    for n, name in enumerate(("first run", "it's the last"), start=1):
+        checkpoint = tmp_path / "runs" / name / "checkpoint-0000001.pt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        os.utime(checkpoint, (n, n))
     last = "'runs/it'\\''s the last'"
     assert f"train.py --resume --run-dir {last} --data 'a b'" in dry_run(
         "resume", "DATA=a b").stdout
@@ -62,7 +66,7 @@ def test_the_last_run_may_have_spaces_and_its_data_may_have_moved(dry_run, tmp_p
 
 
 def test_gpus_that_are_hidden_are_not_counted(dry_run):
-    for visible, launch in (("", "CUDA_VISIBLE_DEVICES= "), ("2,3", "--nproc-per-node 2")):
+    for visible, launch in (("", f"{sys.executable} train.py"), ("2,3", "--nproc-per-node 2")):
         assert launch in dry_run("train", "DATA=/x", gpus=8, CUDA_VISIBLE_DEVICES=visible).stdout
 
 
