@@ -9,7 +9,7 @@ from PIL import Image
 import data
 import evaluate
 import plots
-from conftest import truth_as_detections
+from conftest import good_content, truth_as_detections, write_split
 from make_shapes import make_shapes
 
 
@@ -94,7 +94,12 @@ def test_pictures_of_an_evaluation_are_written_and_those_of_an_older_one_removed
     with pytest.raises(data.UserError, match="eval: no evaluation here; write one"):
         plots.main(["evaluation", str(tmp_path)])
     folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps({"split": [a.path, dataset.folder]}))
+    metrics = evaluate.coco_metrics(a, []) | {"split": [a.path, dataset.folder]}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "results.json").write_text("[]")
+    other = write_split(tmp_path / "other", good_content(), "val").parents[1]
+    with pytest.raises(data.UserError, match="eval: is not an evaluation of .*/instances_val.json"):
+        plots.main(["evaluation", str(tmp_path), "--data", str(other)])
     for name, results in (("all right", truth_as_detections(a, 0.9)), ("none", [])):
         (folder / "results.json").write_text(json.dumps(results))
         plots.main(["evaluation", str(tmp_path)])

@@ -84,7 +84,8 @@ def read_split(json_file, folder, add):
 
     annotations, usable = content["annotations"], rows["annotations"]
     usable.sort(key=lambda i: ids["images"][annotations[i]["image_id"]])  # as the reader does
-    tiny = {i for i in usable if any(box := annotations[i]["bbox"]) and max(map(abs, box)) <= 1}
+    tiny = {i for i in usable if any(annotations[i]["bbox"])
+            and all(abs(x) <= 1 for x in annotations[i]["bbox"])}
     if len(tiny) > len(usable) / 2:  # the reader refuses the file
         faults["annotations", "whose bbox seems to be normalised", "bbox"] = sorted(tiny)
         rows["annotations"] = [i for i in usable if i not in tiny]
@@ -178,12 +179,12 @@ def check_annotations(dataset: CocoDataset, entries: list[dict], training: bool,
         "smaller ones stay without")
 
 
-def orientation(image: Image.Image) -> int:
-    """How an image's EXIF note turns it, 2 to 8; 1: not at all."""
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image has an EXIF note that turns it."""
     try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
+        return image.getexif().get(EXIF_ORIENTATION) in range(2, 9)
     except Exception:  # whatever a damaged note makes Pillow raise
-        return 1
+        return False
 
 
 def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, dict[bytes, str]]:
@@ -201,7 +202,7 @@ def check_images(dataset: CocoDataset, decode: bool, add) -> tuple[np.ndarray, d
         except UserError as error:
             return str(error), False, False, None
         with Image.open(path) as image:
-            rotates = image.size == size and orientation(image) in range(2, 9)
+            rotates = image.size == size and is_turned(image)
             dark = image.mode.startswith("I;16") and np.asarray(image).max() < 2**12
         return "", rotates, dark, hashlib.sha256(Path(path).read_bytes()).digest()
 

@@ -57,11 +57,11 @@ class ExportedDetector(nn.Module):
         return suppress(*candidates(outputs, locations, image_sizes, config), config, self.nms)
 
     def nms(self, boxes, scores, groups, iou):
-        """`model.nms_mask` of two boxes more: torch.export assumes that NMS keeps at least two."""
+        """`model.nms_mask` with two more boxes, each alone in its group, so that both are kept:
+        torch.export assumes that NMS keeps at least two."""
         boxes = nn.functional.pad(boxes, (0, 0, 0, 2))
         scores = nn.functional.pad(scores, (0, 2), value=1.0)
-        own_groups = groups.max() + torch.arange(1, 3, device=groups.device)
-        groups = torch.cat([groups, own_groups])
+        groups = torch.cat([groups, groups.max() + torch.arange(1, 3, device=groups.device)])
         return nms_mask(boxes, scores, groups, iou, self.nms_dtype)[:-2]
 
 

@@ -242,11 +242,12 @@ def draw_evaluation(args):
             from None
     json_file, images = data.find_split(args.data, "val", args.val_split) if args.data else split
     a = data.read_annotations(json_file)
+    boxes = np.bincount(a.labels[~a.crowd], minlength=len(a.category_ids)).tolist()
+    if [(c["name"], c["boxes"]) for c in metrics["classes"]] != [*zip(a.category_names, boxes)]:
+        raise UserError(f"{folder}: is not an evaluation of {a.path}; name its data with --data")
     a = a._replace(  # the fonts have no other letters
         category_names=[ascii(name)[1:-1] for name in a.category_names])
     dataset = data.CocoDataset(a, images)
-    if not {row["image_id"] for row in results} <= set(a.image_ids.tolist()):
-        raise UserError(f"{folder}: is not an evaluation of {a.path}; name its data with --data")
     evaluation = evaluate.coco_evaluation(a, results)
     save(precision_recall(evaluation, a.category_names), folder / "precision_recall.png")
     verdicts = judge(evaluation)
@@ -348,7 +349,7 @@ def main(argv=None):
     judged = commands.add_parser("evaluation", help="precision and recall, best and worst images")
     judged.add_argument("run", type=Path, metavar="RUN", help="evaluated folder or checkpoint")
     judged.add_argument("--data", metavar="DIR", help="where its COCO-format folder has moved to")
-    judged.add_argument("--val-split", default="", metavar="NAME", help="its split there")
+    judged.add_argument("--val-split", default="", metavar="NAME", help="its split in --data")
     judged.set_defaults(draw=draw_evaluation)
     for command, draw in ((targets, draw_targets), (losses, draw_losses), (curves, draw_curves)):
         command.set_defaults(draw=draw)

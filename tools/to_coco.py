@@ -26,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
-from check_data import orientation  # noqa: E402
+from check_data import is_turned  # noqa: E402
 from data import UserError, read_annotations, upright  # noqa: E402
 from model import atomic_write  # noqa: E402
 
@@ -174,7 +174,7 @@ def main(argv=None):
         entries = []
         for image_file, path in files:
             with Image.open(image_file) as image:
-                stored, turned = image.size, orientation(image) in range(2, 9)
+                stored, turned = image.size, is_turned(image)
                 size = upright(image).size  # as it is shown
             ambiguous += [image_file] if turned and size == stored else []
             objects = voc_objects(path) if is_voc else yolo_objects(path, names, *size)
