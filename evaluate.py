@@ -53,7 +53,7 @@ FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR 1", "A
            "AR small", "AR medium", "AR large")     # the order of COCOeval.stats
 TTA_SCALES = tuple(n / 8 for n in range(4, 13))     # of the usual size: 400, 500, .. 1200 for 800
 MAX_GRAPHS = 16                                     # CUDA graphs that a detector keeps
-GRAPH_LOCK = threading.Lock()                       # threads would overwrite a graph's buffers
+GRAPH_LOCK = threading.Lock()                       # one thread at a time uses a graph's buffers
 
 # --- processes ----------------------------------------------------------------------------------
 
@@ -90,10 +90,11 @@ def rank_and_world() -> tuple[int, int]:
 def print0(text, transient=False):
     """Print in rank 0. A transient line rewrites itself in a terminal, and is dropped in a file."""
     if rank_and_world()[0] == 0:
-        if sys.stdout.isatty():
-            print(f"\r{text}\x1b[K", end="" if transient else "\n", flush=True)
-        elif not transient:
-            print(text, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk must not end a run
+            if sys.stdout.isatty():
+                print(f"\r{text}\x1b[K", end="" if transient else "\n", flush=True)
+            elif not transient:
+                print(text, flush=True)
 
 
 def run_program(main):
@@ -127,14 +128,14 @@ def run_program(main):
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """What the network computes in. "auto": bfloat16 where the hardware has instructions for it."""
-    if precision in (named := {"bf16": torch.bfloat16, "fp32": torch.float32}):
-        return named[precision]
-    if precision != "auto":
-        raise UserError(f"precision {precision!r}: must be auto, bf16 or fp32")
     cpu = torch.cpu.get_capabilities()
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
             else cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtypes["auto"] = dtypes["bf16" if fast else "fp32"]
+    if precision not in dtypes:
+        raise UserError(f"precision {precision!r}: must be auto, bf16 or fp32")
+    return dtypes[precision]
 
 
 @dataclass
@@ -168,6 +169,9 @@ class Detector:
         self.seen, self.graphs, self.pool = Counter(), {}, None
         if self.device.type == "cuda":
             csrc.available()  # build the kernels now, not during the first call
+
+    def __getstate__(self):  # graphs cannot be pickled
+        return self.__dict__ | {"seen": Counter(), "graphs": {}, "pool": None}
 
     def __call__(self, image, threshold: float = 0.0, tta: bool = False):
         """The objects with a score of at least `threshold` in an image, in its own pixels.

@@ -1,5 +1,6 @@
 """The figures are COCO's, every image counts once, and a zero is explained."""
 
+import errno
 import json
 import math
 import os
@@ -295,6 +296,7 @@ def test_what_is_no_rgb_image_is_refused(detector, image):
 
 def test_a_detector_can_be_sent_to_another_process(detector):
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    detector.graphs["shape"] = lambda: None  # as little to be pickled as a graph
     assert torch.equal(pickle.loads(pickle.dumps(detector))(image).boxes, detector(image).boxes)
 
 
@@ -416,6 +418,14 @@ assert "pycocotools" not in sys.modules"""
 
 
 # --- the program --------------------------------------------------------------------------------
+
+def test_a_terminal_that_was_closed_does_not_end_a_run(monkeypatch):
+    def closed(*args, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", closed)
+    evaluate.print0("step 1")
+
 
 @pytest.mark.parametrize("error, sentence", [
     (KeyboardInterrupt(), "^130$"), (UserError("what; remedy"), "^error: what; remedy$"),
