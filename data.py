@@ -467,9 +467,9 @@ def batches(dataset: CocoDataset, requests, num_workers: int, pin_memory: bool) 
                        sys.platform == "linux" else None)  # a forkserver's outlive a killed run
     loader = iter(DataLoader(dataset, batch_size=None, sampler=requests, pin_memory=pin_memory,
                              **workers))
-    with suppress(ValueError):  # only the main thread sets handlers
-        if num_workers:  # torch's own would raise in the middle of a step
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if num_workers:
+        with suppress(ValueError):  # only the main thread may set a handler
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise amid a step
     while True:
         try:
             batch = next(loader, None)

@@ -32,7 +32,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -210,8 +209,9 @@ def save_checkpoint(run: Path, checkpoint: dict):
     """Write a checkpoint; delete all but the last two, and partial files of a killed run."""
     path = run / f"checkpoint-{checkpoint['step']:07d}.pt"
     atomic_write(path, lambda file: torch.save(checkpoint, file))
-    files = checkpoints_of(run)  # any newer than this one are damaged, and do not count
-    for old in [*files[files.index(path) + 2:], *run.glob("checkpoint-*.pt.part")]:
+    files = checkpoints_of(run)
+    newer = files.index(path)  # damaged, or this run would have gone on from there
+    for old in [*files[:newer], *files[newer + 2:], *run.glob("checkpoint-*.pt.part")]:
         old.unlink()
 
 
@@ -251,22 +251,21 @@ def init_from(model: FCOS, path, names: list[str]):
     """Load another checkpoint's weights; class outputs are matched by the name of the class."""
     checkpoint, ours = load_checkpoint(path), model.state_dict()
     theirs, their_names = checkpoint["model"], checkpoint["categories"]["names"]
-    shared = [name for name in names if name in their_names]
-    outputs = ["head.cls_logits.weight", "head.cls_logits.bias"]
-    if theirs[outputs[0]].shape[1:] != ours[outputs[0]].shape[1:]:  # of a tower of another width
-        shared = []
-    for key in outputs:
-        rows, theirs[key] = theirs[key], ours[key].clone()
-        for n, name in enumerate(names):
-            if name in shared:  # a name may occur twice; prefer the same position
-                same = n if their_names[n:n + 1] == [name] else their_names.index(name)
-                theirs[key][n] = rows[same]
+    outputs = "head.cls_logits.weight", "head.cls_logits.bias"
+    fits = theirs[outputs[0]].shape[1:] == ours[outputs[0]].shape[1:]  # towers of the same width
+    rows = {n: n if their_names[n:n + 1] == [name] else their_names.index(name)
+            for n, name in enumerate(names) if fits and name in their_names}
+    for key in outputs:  # a class takes the row of its name; of several, the one at its position
+        saved, theirs[key] = theirs[key], ours[key].clone()
+        for n, row in rows.items():
+            theirs[key][n] = saved[row]
     taken = {key: value for key, value in theirs.items()
              if key in ours and value.shape == ours[key].shape}
     model.load_state_dict(taken, strict=False)
-    fresh = sorted(ours.keys() - taken.keys()) + [name for name in names if name not in shared]
-    print0(f"{path}: loaded {len(taken)} of {len(ours)} tensors, and the outputs of {len(shared)} "
-           f"of {len(names)} classes by name; newly initialised: "
+    fresh = sorted(ours.keys() - taken.keys())
+    fresh += [name for n, name in enumerate(names) if n not in rows]
+    print0(f"{path}: loaded {len(taken)} of {len(ours)} tensors, and the outputs of {len(rows)} of "
+           f"{len(names)} classes by name; newly initialised: "
            f"{', '.join(fresh)[:200] or 'nothing'}")
 
 
@@ -438,10 +437,10 @@ def prepare(config, folder, device, checkpoint, init_file, skip_eval) -> Run:
 def compile_and_distribute(model: FCOS, config: TrainConfig, sampler, device) -> nn.Module:
     """The network that a training step calls: the model itself, compiled, in DDP, or both."""
     network = model
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if config.compile == "auto" and device.type == "cuda" and not compiler:
+    auto = config.compile == "auto" and device.type == "cuda"
+    if auto and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         print0("warning: torch.compile needs a C compiler; training is slower without, install gcc")
-    elif config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+    elif auto or config.compile == "on":
         first = range(min(config.steps, 500))
         canvases = {sampler.global_batch(step)[0].canvas for step in first}
         print0(f"the network is compiled for each canvas, a minute or two each: {len(canvases)} in "
@@ -449,11 +448,10 @@ def compile_and_distribute(model: FCOS, config: TrainConfig, sampler, device) ->
         torch._dynamo.config.recompile_limit = 64
         network = torch.compile(network, dynamic=False, options=COMPILE_OPTIONS)
     if rank_and_world()[1] > 1:
-        # its new name, forward_sync_buffers, is unknown to torch 2.11
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         network = DistributedDataParallel(
             network, device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers are frozen
+            gradient_as_bucket_view=True)
+        network.broadcast_buffers = False  # frozen; torch 2.14 warns of it as an argument
     return network
 
 
@@ -722,7 +720,7 @@ def from_rank_0(function, *args):
     if rank_and_world()[0] == 0:
         try:
             result = [function(*args)]
-        except (UserError, OSError) as error:
+        except Exception as error:  # or the others would wait for this process
             result = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(result)
@@ -738,7 +736,7 @@ def main():
     config, checkpoint = from_rank_0(load_run, args)
     run = prepare(config, args.run_dir, device, checkpoint, args.init_from, args.skip_eval)
     from_rank_0(lock, run.folder, not checkpoint)
-    if not (run.folder / ".lock").exists():  # rank 0 may be on another machine after a restart
+    if not (run.folder / ".lock").exists():  # after a restart, another machine may have rank 0
         raise UserError(f"{run.folder}: not the folder of rank 0; machines must share it")
     progress, stop_signals = Progress(run, checkpoint), catch_signals()
     if not checkpoint:

@@ -269,9 +269,9 @@ def test_checkpoints_under_other_names_are_the_users(tmp_path):
 
 
 def test_damaged_checkpoints_ahead_do_not_count_among_the_last_two(tmp_path):
-    for step in (1, 2, 3, 7, 4, 5):  # 7 is damaged, so the run went on from 3
+    for step in (1, 2, 3, 7, 4, 5, 8):  # 7 is damaged, so the run went on from 3
         train.save_checkpoint(tmp_path, {"step": step})
-    assert [int(path.stem[11:]) for path in checkpoints_of(tmp_path)] == [7, 5, 4]
+    assert [int(path.stem[11:]) for path in checkpoints_of(tmp_path)] == [8, 5]
 
 
 def test_a_dropout_is_the_same_after_a_resume(dataset, tmp_path, monkeypatch):
@@ -304,6 +304,15 @@ def _wait_for_signals(ready):
     train.catch_signals()
     ready.touch()
     time.sleep(100)
+
+
+def test_nohup_keeps_a_run_going():
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGHUP, signal.SIGTERM,
+                                                            signal.SIGINT)}
+    train.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -340,6 +349,14 @@ def test_all_machines_see_the_run_folder_as_rank_0_does(uninterrupted, tmp_path)
     processes = start(tmp_path / "log", "--resume", "--run-dir", tmp_path / "run-RANK", world=2)
     assert finish(processes, timeout=30) == [0, 0], (tmp_path / "log").read_text()
     assert_close_runs(runs[0], uninterrupted, steps=[2, 4, 6, 8, 10, 12])
+
+
+def test_an_error_of_rank_0_ends_all_processes_and_is_printed_once(
+        dataset, uninterrupted, tmp_path):
+    run, log = link_copy(uninterrupted, tmp_path / "run"), tmp_path / "log"
+    assert finish(start(log, *TINY, "--data", dataset, "--run-dir", run, world=2)) == [1, 1]
+    assert log.read_text().count("already holds a run") == 1
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_machine_that_does_not_share_the_run_folder_is_told(dataset, tmp_path):
@@ -569,6 +586,14 @@ def test_init_from_starts_another_run_of_the_same_architecture(dataset, uninterr
 def test_the_learning_rate_follows_its_schedule(config, rates):
     for step, lr in rates.items():
         assert train.lr_at(step, config) == pytest.approx(lr)
+
+
+def test_without_a_c_compiler_the_network_is_not_compiled(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    config, device = PRESETS["fcos_R_50_FPN_1x"], torch.device("cuda")
+    assert train.compile_and_distribute("the model", config, None, device) == "the model"
+    assert "torch.compile needs a C compiler" in capsys.readouterr().out
 
 
 def test_this_pytorch_knows_the_compile_options():
